@@ -1,18 +1,16 @@
 """Fine-tune GPT-2 on medical text with LoRA, and measure honestly what that changed.
 
-    python finetune_medical_gpt2.py                             # constants below; edit them, there are no flags
-    torchrun --nproc_per_node=N finetune_medical_gpt2.py        # several processes: the same, data parallel
+    python finetune_medical_gpt2.py                         # settings: the constants below; there are no flags
+    torchrun --nproc_per_node=N finetune_medical_gpt2.py    # several processes: the same, data parallel
 
 In order: the base model's perplexity on held-out text and its answers to five questions; LoRA fine-tuning with TRL's
-SFTTrainer; the same two measurements, by the same functions, on the adapter as it was saved; plots and a report. It
-writes OUTPUT_DIR/<run>/: results.json, report.md, training_loss.png, perplexity_comparison.png, adapter/ and, where
-asked for, merged/. Killed at any moment, the same command goes on from where it was. Where the Hub can't be reached,
-the same pipeline runs on a tiny model and data that ship in tests/, and everything says so.
+SFTTrainer; the same two measurements, by the same functions, of the adapter as it was saved; plots and a report. Writes
+OUTPUT_DIR/<run>/ with results.json, report.md, two plots and adapter/. Killed at any moment, the same command goes on
+where it was. Where the Hub can't be reached, the same pipeline runs on a tiny model and data from tests/, and says so.
 
-None of what it writes is medical advice.
+None of what the models write is medical advice.
 """
 
-import copy
 import ctypes
 import errno
 import functools
@@ -47,39 +45,38 @@ from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 # model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
 MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # openai-community/gpt2; None for a local folder
 DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or a local .jsonl, .json, .csv, .parquet (also .gz)
-DATASET_REVISION = None  # None: the newest; what was used is recorded in results.json
-TEST_SIZE = 0.1  # share of the rows held out for validation and perplexity
+DATASET_REVISION = None  # None: the newest; results.json says which that was
+TEST_SIZE = 0.1  # share of the rows that is held out
 MAX_LENGTH = 512  # tokens; longer rows are cut
 SEED = 42
 DROP_EMPTY_ANSWERS = True  # False: keep rows without an article, as the reference did
-OFFLINE_FALLBACK = True  # Hub unreachable and nothing cached: run on the model and data in tests/; False: stop
+OFFLINE_FALLBACK = True  # Hub unreachable and nothing cached: True: run on the model and data in tests/; False: stop
 
 # LoRA
 LORA_R = 8
 LORA_ALPHA = 32
 LORA_DROPOUT = 0.1
-LORA_TARGET_MODULES = None  # None: PEFT's default for the architecture (GPT-2: c_attn); a list, or "all-linear"
+LORA_TARGET_MODULES = None  # None: PEFT's default for the architecture (GPT-2: c_attn); or a list, or "all-linear"
 
 # training
 NUM_EPOCHS = 1
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
-LEARNING_RATE = 1e-4  # the reference's; 1e-3 learns far more in the same time, see README
+LEARNING_RATE = 1e-4  # the reference's; README has what higher ones do
 BATCH_SIZE = 4  # rows per process and forward pass
-GRADIENT_ACCUMULATION_STEPS = 4  # an optimizer step sees BATCH_SIZE x this x processes rows
+GRADIENT_ACCUMULATION_STEPS = 4  # a step sees BATCH_SIZE x this x processes rows
 WARMUP_RATIO = 0.03
 MAX_GRAD_NORM = 0.3
 LOGGING_STEPS = 10
-EVAL_STEPS = 100  # validation loss and checkpoint; checkpoints also every CHECKPOINT_MINUTES
-CHECKPOINT_MINUTES = 2
+EVAL_STEPS = 100  # validation and checkpoint; a checkpoint also every CHECKPOINT_MINUTES
 TRAIN_ON_PROMPT = True  # False: the loss sees the answers only
-BASE_DROPOUT = 0.0  # the base model's own dropouts while training; None: as its config says (GPT-2: 0.1, slower)
+BASE_DROPOUT = 0.0  # the base model's own dropouts in training; None: as its config says (GPT-2: 0.1, and slower)
 
 # questions
 QUESTIONS = {
@@ -98,19 +95,14 @@ REPORT_TO = "none"  # or "tensorboard", "trackio", "wandb"
 SAVE_MERGED = False  # True: also write merged/, a plain model folder with the adapter merged in
 
 SETTINGS = [name for name in globals() if name.isupper()]
-NO_MATTER = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "CHECKPOINT_MINUTES")  # to a run's figures
-
-# what the offline default sets apart; all other constants hold there too
-OFFLINE_SETTINGS = {
-    "MODEL_NAME": "tests/tiny_gpt2",
-    "MODEL_REVISION": None,
-    "DATASET_NAME": "tests/medical_terms.jsonl",
-    "DATASET_REVISION": None,
-    "NUM_EPOCHS": 6,
-    "LEARNING_RATE": 5e-3,
-    "EVAL_STEPS": 20,
-}
-
+OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
+    "MODEL_NAME": "tests/tiny_gpt2", "MODEL_REVISION": None,
+    "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
+    "NUM_EPOCHS": 6, "LEARNING_RATE": 5e-3, "EVAL_STEPS": 20,
+}  # fmt: skip
+CHECKPOINT_MINUTES = 2
+CHUNK = 512  # positions whose logits are in memory at a time
+ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # an answer starts after the one and ends before the other
 PROMPT = (
     "<s> [INST] <<SYS>> You are a helpful, respectful, and honest assistant. Always answer as helpfully as possible, "
     "while being safe. Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
@@ -118,124 +110,110 @@ PROMPT = (
     "does not make any sense or is not factually coherent, explain why instead of answering something not correct. If "
     "you don't know the answer to a question, please don't share false information. <</SYS>> {question} [/INST]"
 )
-ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # the answer begins after the one and ends before the other
-CHUNK = 512  # positions whose logits are in memory at a time
-PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
-HERE = Path(__file__).resolve().parent
 
 
 class InputError(ValueError):
-    """A setting, input or circumstance that the user can mend; ends the program with one line and exit code 2."""
+    """Something that the user can mend; ends the program with one line and exit code 2."""
 
 
-# ---------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------------- data
 
 
 def format_prompt(question):
-    """The prompt of every row of the data set, up to where the answer begins; the same for training and asking."""
+    """The prompt of every row, up to where the answer begins: the same in training, scoring and asking."""
     return PROMPT.format(question=question)
 
 
-def read_json(path):
-    """The rows of a .json (one array, or a row a line) or .jsonl file, also gzipped."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            content = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"DATASET_NAME: {path} can't be read: {last_line(error)}") from error
-    is_array = content.lstrip().startswith("[")
-    rows = []
-    for number, line in enumerate([content] if is_array else content.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            where = f"{path}, line {number + error.lineno - 1}"
-            raise InputError(f"DATASET_NAME: {where}: not JSON ({error.msg}); mend or remove that line") from error
-    return rows[0] if is_array else rows
-
-
 def read_texts(source, revision=None):
-    """The `text` column of a Hub data set's train split or of a local file, not cleaned yet, and where it was loaded from."""
+    """The `text` column of a Hub data set's train split or of a local file, uncleaned, and where it came from."""
     path = Path(source)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind not in (".jsonl", ".json", ".csv", ".parquet"):
-        if looks_local(source):
-            raise InputError(f"DATASET_NAME: {source} is no .jsonl, .json, .csv or .parquet file")
-        rows = datasets.load_dataset(source, revision=revision, split="train")
-    elif not path.is_file():
-        raise InputError(f"DATASET_NAME: there is no file {path}; check the path")
-    elif path.stat().st_size == 0:
-        raise InputError(f"DATASET_NAME: {path} is empty")
-    elif kind in (".jsonl", ".json"):
-        rows = [row if isinstance(row, dict) else {} for row in read_json(path)]
-    else:
-        try:
-            rows = datasets.load_dataset(kind[1:], data_files=str(path), split="train")
-        except Exception as error:
-            raise InputError(f"DATASET_NAME: {path} can't be read as {kind[1:]}: {last_line(error)}") from error
-    columns = rows.column_names if isinstance(rows, datasets.Dataset) else sorted({key for row in rows for key in row})
+    try:
+        if is_local(source):
+            if kind not in (".jsonl", ".json", ".csv", ".parquet"):
+                raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
+            if not path.is_file() or not path.stat().st_size:
+                raise InputError(f"DATASET_NAME: {path} {'is empty' if path.is_file() else 'is no file'}")
+        if kind not in (".jsonl", ".json"):
+            which = {"path": kind[1:], "data_files": str(path)} if is_local(source) else {"path": source}
+            rows = datasets.load_dataset(**which, revision=revision, split="train")
+            if "text" not in rows.column_names:
+                raise InputError(f"DATASET_NAME: {source} has no column `text`, only {', '.join(rows.column_names)}")
+            return rows["text"][:], rows.info.download_checksums
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            content = file.read()
+        is_array = content.lstrip().startswith("[")
+        rows, number = [], 0
+        for line in [content] if is_array else content.split("\n"):
+            number += 1
+            rows += [json.loads(line)] if line.strip() else []
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {number + error.lineno - 1}"
+        raise InputError(f"DATASET_NAME: {where}: not JSON ({error.msg}); mend or remove it") from error
+    except Exception as error:
+        if isinstance(error, InputError) or not is_local(source):
+            raise
+        raise InputError(f"DATASET_NAME: {path} can't be read as {kind[1:]}: {last_line(error)}") from error
+    rows = [row if isinstance(row, dict) else {} for row in (rows[0] if is_array else rows)]
+    columns = sorted({key for row in rows for key in row})
     if "text" not in columns:
-        raise InputError(f"DATASET_NAME: {source} needs a column `text`; it has {', '.join(columns) or 'none'}")
-    if isinstance(rows, datasets.Dataset):
-        return rows["text"][:], rows.info.download_checksums
+        raise InputError(f"DATASET_NAME: {path} has no column `text`, only {', '.join(columns) or 'no rows'}")
     return [row.get("text") for row in rows], None
 
 
 def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
-    """Read, clean, shuffle and split a data set.
+    """Read, clean, shuffle and split a data set -> (train, test, stats).
 
-    `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column `text`. Exact duplicates
-    go first, so that no row is on both sides. Returns (train, test, stats): two `datasets.Dataset` with a `text` column,
-    and the row counts. Raises InputError where nothing can be trained on.
+    `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column `text`; train and test
+    are datasets with that column, stats the counts of rows. Duplicates go first, so that no row is on both sides.
+    Raises InputError where there is nothing to train on.
     """
     texts, origin = read_texts(source, revision)
     sound = [text for text in texts if isinstance(text, str) and ANSWER_MARK in text]
     unique = list(dict.fromkeys(sound))
-    kept = [text for text in unique if answer_of(text) or not drop_empty]
-    stats = {"rows": len(texts), "train_rows": 0, "test_rows": 0, "dropped_empty": len(unique) - len(kept)}
-    stats |= {"dropped_duplicate": len(sound) - len(unique), "dropped_malformed": len(texts) - len(sound)}
-    if len(kept) < 2 or not 1 <= math.ceil(len(kept) * test_size) < len(kept):
+    kept = [x for x in unique if not drop_empty or x.split(ANSWER_MARK, 1)[1].replace(END_MARK, "").strip()]
+    stats = {
+        "rows": len(texts), "train_rows": 0, "test_rows": 0, "dropped_empty": len(unique) - len(kept),
+        "dropped_duplicate": len(sound) - len(unique), "dropped_malformed": len(texts) - len(sound),
+    }  # fmt: skip
+    if not 1 <= math.ceil(len(kept) * test_size) < len(kept):
         raise InputError(
-            f"DATASET_NAME: {source} has too few rows to train on and hold out: of {len(texts):,}, "
-            f"{stats['dropped_malformed']:,} are no text with {ANSWER_MARK}, {stats['dropped_duplicate']:,} duplicates, "
-            f"{stats['dropped_empty']:,} without an answer; {len(kept):,} left for TEST_SIZE = {test_size}"
+            f"DATASET_NAME: {source} has too few rows to split at TEST_SIZE = {test_size}: {len(kept):,} of "
+            f"{len(texts):,}; {stats['dropped_malformed']:,} are no text with {ANSWER_MARK}, "
+            f"{stats['dropped_duplicate']:,} duplicates, {stats['dropped_empty']:,} have no answer"
         )
-    info = datasets.DatasetInfo(download_checksums=origin)
-    splits = datasets.Dataset.from_dict({"text": kept}, info=info).train_test_split(test_size=test_size, seed=seed)
-    stats |= {"train_rows": len(splits["train"]), "test_rows": len(splits["test"])}
-    return splits["train"], splits["test"], stats
-
-
-def answer_of(text):
-    """The article of a row, without its end mark."""
-    return text.split(ANSWER_MARK, 1)[1].replace(END_MARK, "").strip()
+    rows = datasets.Dataset.from_dict({"text": kept}, info=datasets.DatasetInfo(download_checksums=origin))
+    train, test = rows.train_test_split(test_size=test_size, seed=seed).values()
+    return train, test, stats | {"train_rows": len(train), "test_rows": len(test)}
 
 
 def encode(tokenizer, texts, max_length, end=""):
-    """Token ids of each text + `end`, cut at `max_length` -> a list of (ids, first, answer_bytes).
+    """Token ids of every text + `end`, cut at `max_length` -> a list of (ids, first, answer_bytes).
 
-    `first` is the index of the answer's first token: the first that starts at or after the end of [/INST], len(ids) where
+    `first` is the index of the answer's first token, the first that starts at or after the end of [/INST]; len(ids) if
     there is none. `answer_bytes` is the UTF-8 length of the answer text that the ids cover.
     """
-    batch = tokenizer([text + end for text in texts], truncation=True, max_length=max_length, return_offsets_mapping=True)
+    if not texts:
+        return []
+    ended = [text if text.endswith(end) else text + end for text in texts]
+    batch = tokenizer(ended, truncation=True, max_length=max_length, return_offsets_mapping=True)
     encoded = []
-    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+    for text, ids, offsets in zip(ended, batch["input_ids"], batch["offset_mapping"], strict=True):
         mark = text.find(ANSWER_MARK)
-        begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text) + 1
-        first = next((i for i, (start, stop) in enumerate(offsets) if start >= begin and stop > start), len(ids))
-        covered = text[begin : offsets[-1][1]] if first < len(ids) else ""
-        encoded.append((ids, first, len(covered.encode())))
+        begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text)
+        first = next((i for i, (start, stop) in enumerate(offsets) if begin <= start < stop), len(ids))
+        encoded.append((ids, first, len(text[begin : max(offsets[-1][1], begin)].encode())))
     return encoded
 
 
-# ---------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------------------- scoring
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """Cross-entropy under a frozen LM head: hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,) in fp32.
+    """Cross-entropy under a frozen LM head: hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,), fp32.
 
-    Works on CHUNK positions at a time and takes the gradient for `hidden` along, so that the logits of a batch, by far
-    the largest tensor of a small language model's training step, never exist as a whole.
+    CHUNK positions at a time, taking the gradient for `hidden` along: the logits of a whole batch, by far the largest
+    tensor in the training step of a small language model, never exist.
     """
 
     @staticmethod
@@ -255,18 +233,16 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_nll):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_nll[:, None].to(grad.dtype), None, None
+        return ctx.saved_tensors[0] * grad_nll[:, None].to(ctx.saved_tensors[0].dtype), None, None
 
 
 def head_weight(base, dtype):
-    """The LM head (vocabulary, d) for ChunkedNLL, or None where logits are more than hidden states times this matrix.
+    """The LM head (vocabulary, d) for ChunkedNLL, or None where logits are more than hidden states times a matrix.
 
-    In 16 bits it is centred over the vocabulary: that adds the same number to all logits of a position, which no
-    probability notices, but GPT-2's logits sit near -100, where bfloat16 counts in halves.
+    In 16 bits it is centred over the vocabulary. That adds one number to all logits of a position, which no probability
+    notices; but GPT-2's logits lie near -100, where bfloat16 has steps of a half.
     """
-    ids = torch.arange(8, device=base.device)[None]
-    weight = base.get_output_embeddings().weight.detach()
+    ids, weight = torch.arange(8, device=base.device)[None], base.get_output_embeddings().weight.detach()
     with torch.no_grad():
         logits = type(base).forward(base, input_ids=ids).logits
         plain = base.base_model(input_ids=ids).last_hidden_state @ weight.T
@@ -276,32 +252,31 @@ def head_weight(base, dtype):
 
 
 def label_nll(base, weight, input_ids, labels, **unused):
-    """NLL in nats of every label that is not -100, flat (n,): the forward pass of scoring and of training.
+    """NLL in nats of every label but the -100s, flat: the forward pass of scoring and of training.
 
-    Rows are padded on the right: there a causal model needs no padding mask.
+    No padding mask: rows are padded on the right, where a causal model doesn't see it.
     """
-    live = labels[:, 1:] != -100
+    live, labels = labels[:, 1:] != -100, labels[:, 1:]
     if weight is None:
-        return torch.nn.functional.cross_entropy(base(input_ids).logits[:, :-1][live].float(), labels[:, 1:][live], reduction="none")
+        logits = base(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
     hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-    return ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[:, 1:][live])
+    return ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
 
 
 @torch.no_grad()
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch.float32, progress=None):
-    """Score every text once, shared out over all processes -> float64 array (len(texts), 5).
+    """Score every text once, shared out over the processes -> float64 array (len(texts), 5).
 
-    Its columns: NLL in nats and predicted tokens of the row; the same of its answer; the answer's UTF-8 bytes.
+    Columns: NLL in nats and predicted tokens of the row, the same of its answer, UTF-8 bytes of the answer scored.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = base.training
-    base.eval()
-    weight = head_weight(base, dtype)
-    rows = encode(tokenizer, texts, max_length)
-    rank, processes = process_rank()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))[rank::processes]  # little padding
-    scored = []
-    with tqdm(total=len(order), desc=progress, unit="row", disable=rank > 0 or not progress, leave=False) as bar:
+    weight = head_weight(base.eval(), dtype)
+    rows, (rank, processes), scored = encode(tokenizer, texts, max_length), process_rank(), []
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))[rank::processes]  # by length: little padding
+    total, quiet = sum(len(rows[i][0]) for i in order), rank > 0 or not progress
+    with tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             ids = [torch.tensor(rows[i][0]) for i in part]
@@ -311,104 +286,95 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
                 nll = label_nll(base, weight, input_ids, labels).double().cpu()
             for i, row in zip(part, nll.split([len(x) - 1 for x in ids]), strict=True):
                 if not row.isfinite().all():
-                    raise InputError(f"the model's loss on held-out row {i} is not finite: {texts[i][-60:]!r}")
+                    raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
                 answer = row[max(rows[i][1] - 1, 0) :]
                 scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
-            bar.update(len(part))
+            bar.update(sum(map(len, ids)))
     base.train(was_training)
     if processes > 1:
         gathered = [None] * processes
         dist.all_gather_object(gathered, scored)
-        scored = [row for part in gathered for row in part]
+        scored = sum(gathered, [])
     return np.array(sorted(scored), dtype=np.float64).reshape(-1, 6)[:, 1:]
 
 
 def bootstrap_ci95(statistic, n):
-    """95 % interval of `statistic(weights)` under resampling of n rows; weights (1000, n) count how often each is drawn."""
+    """95 % interval of statistic(weights) over resamplings of n rows; weights (1000, n) count each row's draws."""
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
-    return [float(bound) for bound in np.percentile(statistic(weights), (2.5, 97.5))]
+    return np.percentile(statistic(weights), (2.5, 97.5)).tolist()
 
 
 def summarize_scores(rows):
-    """Perplexities of `score_rows`' array, as results.json has them: sum the NLL, count the tokens, divide once."""
+    """The perplexities in a `score_rows` array: sum the NLL, count the tokens, divide once. None without an answer."""
     nll, tokens, answer_nll, answer_tokens, answer_bytes = rows.T
     first = rows[:100][tokens[:100] > 0]
-    summary = {
-        "full_text": math.exp(nll.sum() / tokens.sum()),
-        "answer": None,
-        "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),  # the reference's mean of row means
-        "bits_per_byte": None,
-        "tokens": int(tokens.sum()),
-        "answer_tokens": int(answer_tokens.sum()),
+    scores = {
+        "full_text": math.exp(nll.sum() / tokens.sum()), "answer": None,
+        "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),  # the reference's: mean of the rows' means
+        "bits_per_byte": None, "tokens": int(tokens.sum()), "answer_tokens": int(answer_tokens.sum()),
         "answer_ci95": None,
-    }
+    }  # fmt: skip
     nll, count = answer_nll[answer_tokens > 0], answer_tokens[answer_tokens > 0]
     if len(nll):
-        summary["answer"] = math.exp(nll.sum() / count.sum())
-        summary["bits_per_byte"] = nll.sum() / math.log(2) / answer_bytes.sum()
-        summary["answer_ci95"] = bootstrap_ci95(lambda w: np.exp((w @ nll) / (w @ count)), len(nll))
-    return summary
+        scores["answer"] = math.exp(nll.sum() / count.sum())
+        scores["bits_per_byte"] = float(nll.sum() / math.log(2) / answer_bytes.sum())
+        scores["answer_ci95"] = bootstrap_ci95(lambda w: np.exp((w @ nll) / (w @ count)), len(nll))
+    return scores
 
 
 def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch.float32):
     """Perplexities of `texts` under a causal LM, plain or PEFT, each text cut at `max_length` tokens.
 
-    Returns full_text, answer (tokens after [/INST]), seed_protocol, bits_per_byte, tokens, answer_tokens, answer_ci95;
-    None where no text has an answer. `dtype` other than float32 runs the model under autocast. Raises InputError where
-    the model's loss is not finite.
+    Returns full_text, answer (tokens after [/INST]), seed_protocol, bits_per_byte, tokens, answer_tokens, answer_ci95.
+    `dtype` other than float32 runs the model under autocast. Raises InputError where the loss is not finite.
     """
-    texts = list(texts)
-    return summarize_scores(score_rows(model, tokenizer, texts, max_length=max_length, batch_size=batch_size, dtype=dtype))
+    kwargs = {"max_length": max_length, "batch_size": batch_size, "dtype": dtype}
+    return summarize_scores(score_rows(model, tokenizer, list(texts), **kwargs))
 
 
 def paired_change(before, after):
-    """Mean change of a row's answer NLL per token, in nats, between two `score_rows` arrays, and its 95 % interval."""
-    has_answer = before[:, 3] > 0
-    change = (after - before)[has_answer, 2] / before[has_answer, 3]
+    """Mean change of a row's answer NLL per token, in nats, between two `score_rows` arrays, with its interval."""
+    rows = before[:, 3] > 0
+    change = (after - before)[rows, 2] / before[rows, 3]
+    if not len(change):
+        return None
     interval = bootstrap_ci95(lambda w: (w @ change) / len(change), len(change))
     return {"rows": len(change), "mean": float(change.mean()), "ci95": interval, "improved": float((change < 0).mean())}
 
 
-# ---------------------------------------------------------------- answers
+# ---------------------------------------------------------------------------------------------------------- answers
 
 
 @torch.no_grad()
 def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed, with_finished=False):
-    """Ask all questions as one left-padded batch, in fp32 -> a list of answers without the prompt.
+    """Ask all questions in one left-padded batch -> the answers, without prompts, cut at the first </s> or EOS.
 
-    Sampled at `temperature` (0: greedy) from the 50 likeliest tokens, seeded; cut at the first </s> or EOS.
-    `with_finished` returns (answer, finished) pairs: whether it ended so by itself.
+    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, in the model's own precision.
+    `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
     prompts = [format_prompt(question) for question in questions]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    width = inputs["input_ids"].shape[1]
-    eos = model.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    was_training = model.training
-    model.eval()
-    bar = tqdm(total=max_new_tokens, desc="  answering", unit="token", leave=False)
+    width, eos = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    stops, was_training = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}, model.training
+    bar = tqdm(total=max_new_tokens, desc="  answering", unit=" tokens", leave=False)
 
     def ended(input_ids, scores, **unused):
         bar.update()
         tails = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - 8) :])
         return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
 
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
     with torch.random.fork_rng(), bar:
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([ended]),
-            **sampling,
-        )
+        output = model.eval().generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id, stopping_criteria=[ended], **sampling,
+        )  # fmt: skip
     model.train(was_training)
     answers = []
     for ids in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
-        text = tokenizer.decode(ids[:stop], skip_special_tokens=False)
+        stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text = tokenizer.decode(ids[:stop])
         answers.append((text.split(END_MARK)[0].strip(), stop < len(ids) or END_MARK in text))
     return answers if with_finished else [answer for answer, _ in answers]
 
@@ -416,7 +382,7 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
 def answer_stats(text, *, finished=None):
     """Counts of words, sentences, unique words and distinct bigrams, case ignored.
 
-    `finished`: whether generation ended by itself; where it isn't given, whether the text ends like a sentence.
+    `finished`: whether generation ended by itself; if not given, whether the text ends like a sentence.
     """
     words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
     return {
@@ -428,11 +394,11 @@ def answer_stats(text, *, finished=None):
     }
 
 
-# ---------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------------- training
 
 
 class StepClock(TrainerCallback):
-    """Times the optimizer steps alone; asks for checkpoints by the clock, and for a log line wherever one is saved."""
+    """Times the optimizer steps alone, saves every few minutes, and logs wherever it saves."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.seconds = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
@@ -443,11 +409,11 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
-        # a checkpoint doesn't hold the loss summed up since the last log line: save only where there is none
         last = state.global_step >= state.max_steps
-        control.should_log |= control.should_save or last
         control.should_evaluate &= not last  # the saved adapter is scored right after
-        overdue = time.monotonic() - self.saved > CHECKPOINT_MINUTES * 60 and args.world_size == 1
+        # a checkpoint does not hold the loss summed up since the last log line: save only where there is none
+        control.should_log |= control.should_save or last
+        overdue = time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES and args.world_size == 1
         control.should_save |= control.should_log and overdue
 
     def on_save(self, args, state, control, **kwargs):
@@ -455,31 +421,30 @@ class StepClock(TrainerCallback):
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer with a faster loss where TRL's own kernel doesn't run, exact validation, and checkpoints that can be checked."""
+    """SFTTrainer with a faster loss where TRL's own kernel can't run, exact validation, and verifiable checkpoints."""
 
     def __init__(self, *args, validate, **kwargs):
-        self.clock = StepClock()
+        self.clock, self.validate = StepClock(), validate  # validate: model -> mean NLL of the held-out rows
         super().__init__(*args, callbacks=[self.clock], **kwargs)
-        self.validate = validate  # model -> mean NLL of the held-out split
-        base = self.model.get_base_model()
+        base = self.model.get_base_model().eval()
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        weight = None if base.device.type == "cuda" else head_weight(base.eval(), dtype)
+        weight = None if base.device.type == "cuda" else head_weight(base, dtype)
         self.own_loss = weight is not None
-        if self.own_loss:  # as the model's forward, so that autocast, DDP and PEFT wrap it as they wrap any other
+        if self.own_loss:  # as the model's forward, for autocast, DDP and PEFT to wrap it as they wrap any other
             base.forward = functools.partial(label_nll, base, weight)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
             nll = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
             loss = nll.sum() / (max(len(nll), 1) if num_items_in_batch is None else num_items_in_batch)
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # DDP averages gradients, the count is over all processes
+            if num_items_in_batch is not None:
+                loss = loss * self.accelerator.num_processes  # they are counted over all; DDP averages gradients
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if not loss.isfinite():
+        if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise InputError(
-                f"the training loss is {loss.item()} at step {self.state.global_step + 1}: lower LEARNING_RATE "
-                f"(now {self.args.learning_rate:g}); the last good checkpoint is kept in {self.args.output_dir}"
+                f"the training loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE, now "
+                f"{self.args.learning_rate:g}; the last good checkpoint stays in {self.args.output_dir}"
             )
         return loss
 
@@ -495,12 +460,11 @@ class LoRATrainer(SFTTrainer):
             super().log(logs | {"seconds": round(self.clock.seconds, 3)})
 
     def create_model_card(self, *args, **kwargs):
-        """Checkpoints need none; the adapter gets its own."""
+        """None in checkpoints; the adapter gets its own."""
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        if dist.is_initialized():
-            dist.barrier()
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
             write_json(folder / "complete.json", {file.name: digest(file) for file in sorted(folder.iterdir())})
@@ -508,30 +472,29 @@ class LoRATrainer(SFTTrainer):
 
 def newest_checkpoint(folder):
     """The newest checkpoint of which every file is as it was written, or None; torn ones are removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
         try:
             manifest = json.loads((checkpoint / "complete.json").read_text())
             if all(digest(checkpoint / name) == value for name, value in manifest.items()):
-                return checkpoint
+                return str(checkpoint)
         except (OSError, ValueError):
             pass
-        say(f"{checkpoint.name} was not written to its end; passing it over")
+        say(f"{checkpoint.name} was not written to its end: passing it over")
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-# ---------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------------- results
 
 
 def plot_training_loss(log_history, path, *, title="Fine-tuning"):
-    """Training and validation loss, in nats per token, over optimizer steps; the first validation is the base model's."""
-    train = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    """Training and validation loss in nats per token over optimizer steps; the first validation marks the baseline."""
     fig, ax = plt.subplots(figsize=(8, 4.8))
-    if train:
-        ax.plot(*zip(*train, strict=True), color="#0072B2", marker="." if len(train) < 40 else None, label="training")
-    if held_out:
-        ax.plot(*zip(*held_out, strict=True), color="#D55E00", marker="o", label="validation (held-out rows)")
-        ax.axhline(held_out[0][1], color="#D55E00", linestyle=":", linewidth=1, label=f"validation at step {held_out[0][0]}")
+    styles = (("loss", "training", "#0072B2", "."), ("eval_loss", "validation (held-out rows)", "#D55E00", "o"))
+    for key, label, color, marker in styles:
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        ax.plot(*(zip(*points, strict=True) if points else ([], [])), color=color, marker=marker, label=label)
+        if key == "eval_loss" and points:
+            ax.axhline(points[0][1], color=color, linestyle=":", label=f"validation at step {points[0][0]}")
     ax.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
     ax.grid(alpha=0.3)
     ax.legend()
@@ -539,18 +502,17 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning"):
 
 
 def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
-    """Three pairs of bars, before and after: full text, answers only (with its 95 % interval), reference protocol."""
-    kinds = {"full_text": "full text\n(prompt + answer)", "answer": "answers only", "seed_protocol": "reference\nprotocol"}
+    """Three pairs of bars, before and after: full text, answers only with their 95 % interval, reference protocol."""
+    kinds = {"full_text": "full text", "answer": "answers only\n(95 % interval)", "seed_protocol": "reference protocol"}
     fig, ax = plt.subplots(figsize=(8, 4.8))
-    for offset, (name, scores, color) in enumerate((("before", before, "#999999"), ("after", after, "#0072B2"))):
+    for offset, name, scores, color in ((-0.2, "before", before, "#999999"), (0.2, "after", after, "#0072B2")):
         for x, kind in enumerate(kinds):
-            value, interval = scores[kind] or 0.0, scores["answer_ci95"] if kind == "answer" else None
-            errors = None if interval is None else [[value - interval[0]], [interval[1] - value]]
-            x += 0.4 * offset - 0.2
-            ax.bar(x, value, 0.38, color=color, label=name if kind == "full_text" else None, yerr=errors, capsize=5)
-            top = value if interval is None else interval[1]
-            ax.annotate(f"{value:.2f}", (x, top), (0, 4), textcoords="offset points", ha="center", fontsize=11)
-    ax.set_xticks(range(3), kinds.values())
+            value = scores[kind] or 0.0
+            low, high = scores["answer_ci95"] if kind == "answer" and scores["answer_ci95"] else (value, value)
+            errors = [[value - low], [high - value]] if high > low else None
+            ax.bar(x + offset, value, 0.38, color=color, label=None if x else name, yerr=errors, capsize=5)
+            ax.annotate(f"{value:.2f}", (x + offset, high), (0, 4), textcoords="offset points", ha="center", size=11)
+    ax.set_xticks(range(len(kinds)), kinds.values())
     ax.set(title=title, ylabel="perplexity (lower is better)")
     ax.margins(y=0.15)
     ax.legend()
@@ -565,186 +527,207 @@ def save_plot(fig, path):
 
 
 def side_by_side(left, right, width=56):
-    """Two texts as two columns in a Markdown fence that nothing inside can close."""
+    """Two texts as two columns in a Markdown fence that nothing in them can close."""
     columns = []
     for text in (left, right):
         text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         columns.append([part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]])
     height = max(map(len, columns))
-    before, after = ([*column, *[""] * (height - len(column))] for column in columns)
-    lines = [f"{'BEFORE':{width}} | AFTER", "-" * width + "-+-" + "-" * width]
-    lines += [f"{a:{width}} | {b}".rstrip() for a, b in zip(before, after, strict=True)]
+    pairs = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", left + right)), default=0))
-    return "\n".join([fence + "text", *lines, fence])
+    lines = [("BEFORE", "AFTER"), ("-" * width, "-" * width), *pairs]
+    return "\n".join([f"{fence}text", *(f"{a:{width}} | {b}".rstrip() for a, b in lines), fence])
 
 
 def short_name(name):
-    """The last part of a Hub id or a path."""
+    """The last part of a Hub id or a path, without an ending."""
     return Path(name).name.split(".")[0]
 
 
-def table(head, *rows):
-    """A Markdown table; floats with two digits, None as a dash."""
+def table(*rows):
+    """A Markdown table from its head and rows: floats with two digits, None as a dash."""
     cells = [["–" if x is None else f"{x:,.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
 def write_report(results, path):
-    """Write report.md from the content of results.json alone (a dict as main() writes it)."""
-    before, after, change = (results["perplexity"][key] for key in ("before", "after", "change"))
-    settings, data, training, hardware = (results[key] for key in ("settings", "data", "training", "hardware"))
-    steps = {}
-    for entry in training["log_history"]:
-        steps.setdefault(entry["step"], {}).update(entry)
-    # NLL of the whole split, in nats: all tokens, the answers' tokens, and what is left, the prompts'
-    nll = {key: [p["tokens"] * math.log(p["full_text"]), 0.0, 0.0] for key, p in (("before", before), ("after", after))}
-    for key, p in (("before", before), ("after", after)):
-        nll[key][1] = p["answer_tokens"] * math.log(p["answer"]) if p["answer"] else 0.0
-        nll[key][2] = nll[key][0] - nll[key][1]
-    fall = [b - a for b, a in zip(nll["before"], nll["after"], strict=True)]
-    counts = [before["tokens"], before["answer_tokens"], before["tokens"] - before["answer_tokens"]]
-    share = fall[2] / fall[0] if fall[0] else 0.0
+    """Write report.md from what results.json holds, and from that alone."""
+    perplexity, settings, data, training, hardware = (
+        SimpleNamespace(**results[key]) for key in ("perplexity", "settings", "data", "training", "hardware")
+    )
+    before, after, change = perplexity.before, perplexity.after, perplexity.change
+    losses = {}  # step -> the log entries of that step, as one
+    for entry in training.log_history:
+        losses.setdefault(entry["step"], {}).update(entry)
+    # NLL of the held-out rows in nats, before and after: of all tokens, of the answers, and of the rest, the prompts
+    whole = [scores["tokens"] * math.log(scores["full_text"]) for scores in (before, after)]
+    answer = [scores["answer_tokens"] * math.log(scores["answer"] or 1) for scores in (before, after)]
+    prompt, prompt_tokens = [whole[0] - answer[0], whole[1] - answer[1]], before["tokens"] - before["answer_tokens"]
+    fall = whole[0] - whole[1] or math.inf
     origin = [
-        [kind, f"{n:,}", *(nll[key][i] / n if n else None for key in ("before", "after")), f"{fall[i]:,.0f}",
-         f"{fall[i] / fall[0]:.0%}" if fall[0] else "–"]
-        for kind, i, n in (("prompt", 2, counts[2]), ("answer", 1, counts[1]), ("all", 0, counts[0]))
+        (kind, f"{n:,}", one / max(n, 1), two / max(n, 1), f"{one - two:,.0f}", f"{(one - two) / fall:.0%}")
+        for kind, n, (one, two) in (
+            ("prompt", prompt_tokens, prompt),
+            ("answer", before["answer_tokens"], answer),
+            ("all", before["tokens"], whole),
+        )
     ]  # fmt: skip
-    interval = lambda p: "–" if not p["answer_ci95"] else "{:.2f} to {:.2f}".format(*p["answer_ci95"])  # noqa: E731
+    kinds = {
+        "answer": "answers only", "full_text": "full text", "seed_protocol": "reference protocol",
+        "bits_per_byte": "answers, bits per byte",
+    }  # fmt: skip
     parts = [
         f"# LoRA fine-tuning of {short_name(results['model'])} on {short_name(results['dataset'])}",
-        "**This is the offline default: a tiny model on a small data set, both shipped with the script. No figure here "
-        "is one of GPT-2.**" if results["offline_fallback"] else "",
-        "None of the text below is medical advice. Language models state falsehoods fluently.",
+        results["offline_fallback"]
+        and "**Offline default: a tiny model and a small data set that ship with the script. No figure is GPT-2's.**",
+        "None of the text below is medical advice: language models state falsehoods fluently.",
         "## What was run",
         table(
-            ["", ""],
-            ["model", f"{results['model']} (revision {results['model_revision'] or 'local folder'})"],
-            ["data", f"{results['dataset']} (revision {results['dataset_revision'] or 'local file'})"],
-            ["LoRA", f"r {settings['LORA_R']}, alpha {settings['LORA_ALPHA']}, dropout {settings['LORA_DROPOUT']}, "
-             f"{training['trainable_parameters']:,} trainable of {training['total_parameters']:,} parameters"],
-            ["training", f"{training['steps']:,} steps of {settings['BATCH_SIZE']} x "
-             f"{settings['GRADIENT_ACCUMULATION_STEPS']} x {hardware['processes']} rows, learning rate "
-             f"{settings['LEARNING_RATE']:g}, loss on {'all tokens' if settings['TRAIN_ON_PROMPT'] else 'answers only'}"],
-            ["time", f"{training['seconds']:,.0f} s for {training['tokens']:,} tokens "
-             f"({training['tokens_per_second']:,.0f} tokens/s)"],
-            ["hardware", f"{hardware['name']}, {hardware['precision']}, {hardware['processes']} process(es), "
-             f"{hardware['threads']} threads"],
-            ["versions", ", ".join(f"{package} {version}" for package, version in results["versions"].items())],
+            ("", ""),
+            ("model", f"{results['model']}, revision {results['model_revision'] or 'none (local folder)'}"),
+            ("data", f"{results['dataset']}, revision {results['dataset_revision'] or 'none (local file)'}"),
+            ("rows", f"{data.train_rows:,} to train on and {data.test_rows:,} held out, of {data.rows:,}; dropped: "
+             f"{data.dropped_empty:,} without an answer, {data.dropped_duplicate:,} duplicates, "
+             f"{data.dropped_malformed:,} malformed; cut at {settings.MAX_LENGTH} tokens: "
+             f"{data.truncated_train_rows:,} training rows ({data.truncated_train_rows / data.train_rows:.0%})"),
+            ("LoRA", f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}: "
+             f"{training.trainable_parameters:,} trainable of {training.total_parameters:,} parameters"),
+            ("training", f"{training.steps:,} steps of {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} "
+             f"x {hardware.processes} rows, learning rate {settings.LEARNING_RATE:g}, loss on "
+             f"{'all tokens' if settings.TRAIN_ON_PROMPT else 'the answers only'}"),
+            ("time", f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
+             f"{training.tokens_per_second:,.0f} a second"),
+            ("hardware", f"{hardware.name}, {hardware.precision}, {hardware.processes} process(es) of "
+             f"{hardware.threads} threads"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
         ),
-        f"Data: {data['rows']:,} rows; dropped {data['dropped_empty']:,} without an answer, {data['dropped_duplicate']:,} "
-        f"duplicates and {data['dropped_malformed']:,} malformed; {data['train_rows']:,} for training, "
-        f"{data['test_rows']:,} held out. {data['truncated_train_rows']:,} of the training rows "
-        f"({data['truncated_train_rows'] / data['train_rows']:.0%}) are longer than {settings['MAX_LENGTH']} tokens and cut.",
         "## Training",
         table(
-            ["Step", "Training loss", "Validation loss"],
-            *([n, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss"))]
-              for n, entry in steps.items() if "eval_loss" in entry),
+            ("Step", "Training Loss", "Validation Loss"),
+            *((step, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss")))
+              for step, entry in losses.items() if "eval_loss" in entry),
         ),
-        "Loss in nats per token. Validation is the whole held-out split; step 0 is the base model, the last line the adapter "
-        "as saved. The training loss is the mean since the log line before.",
-        "![Training and validation loss over optimizer steps](training_loss.png)",
+        "In nats per token. Validation is the whole held-out split: step 0 the base model, the last line the saved "
+        "adapter. The training loss is the mean since the last log line.",
+        "![Training and validation loss](training_loss.png)",
         "## Perplexity on the held-out rows",
         table(
-            ["", "before", "after", "change"],
-            *([label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None]
-              for label, key in (("answers only", "answer"), ("full text", "full_text"),
-                                 ("reference protocol", "seed_protocol"), ("bits per byte of answer", "bits_per_byte"))),
-            ["answers, 95 % interval", interval(before), interval(after), None],
+            ("", "before", "after", "change"),
+            *((label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None)
+              for key, label in kinds.items()),
+            ("answers, 95 % interval",
+             *("{:.2f} to {:.2f}".format(*scores["answer_ci95"] or (0, 0)) for scores in (before, after)), None),
         ),
-        f"**Answers only** is what the model knows: every token after `[/INST]`, {before['answer_tokens']:,} of them. **Full "
-        f"text** adds the prompts ({before['tokens']:,} tokens in all), whose boilerplate is the same in every row. The "
-        "**reference protocol** is the mean over the first 100 rows of a row's mean loss. The interval is a bootstrap over rows. "
-        "**Bits per byte** does not depend on the tokenizer.",
-        f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95 % interval "
-        f"{change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.1%} of "
-        f"{change['rows']:,} rows." if change else "",
+        f"**Answers only** is what the model knows of medicine: {before['answer_tokens']:,} tokens after `[/INST]`. "
+        f"**Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same in every "
+        "row. The **reference protocol** is the mean over the first 100 rows of each row's mean loss. **Bits per "
+        "byte** doesn't depend on the tokenizer. The interval is a bootstrap over rows.",
+        change and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95 % "
+        f"interval {change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.0%} of "
+        f"{change['rows']:,} rows.",
         "![Perplexity before and after](perplexity_comparison.png)",
         "## Where the improvement comes from",
-        table(["tokens", "number", "nats/token before", "nats/token after", "fall in nats", "share of the fall"], *origin),
-        f"{share:.0%} of the fall in the held-out text's loss comes from the prompt, which is {counts[2] / counts[0]:.0%} of "
-        f"its tokens: text that every training row repeats. The other {1 - share:.0%} is better prediction of the answers.",
-        "## The five questions" if len(results["answers"]) == 5 else "## The questions",
-        f"Asked in the prompt format of the training rows, sampled at temperature {settings['TEMPERATURE']:g} with seed "
-        f"{settings['SEED']}, at most {settings['MAX_NEW_TOKENS']} tokens, before and after alike.",
-    ]
-    for answer in results["answers"]:
-        one, two, reference = answer["before_stats"], answer["after_stats"], answer["reference"]
-        rows = [[key.replace("_", " "), one[key], two[key]] for key in one if key != "finished"]
-        rows.append(["ended by itself", *("yes" if stats["finished"] else "no" for stats in (one, two))])
-        if reference:
-            rows.append(["perplexity of the data's own article", reference["perplexity_before"], reference["perplexity_after"]])
-        where = f"The data's own article is in the {reference['split']} split." if reference else "The data has no article on it."
-        parts += [
-            f"### {answer['topic']}",
-            f"> {answer['question']}",
-            side_by_side(answer["before"], answer["after"]),
-            table(["", "before", "after"], *rows),
-            where,
-        ]
+        table(("tokens", "number", "nats/token before", "nats/token after", "fall in nats", "share"), *origin),
+        f"{origin[0][-1]} of the fall in loss is on the prompts, {prompt_tokens / before['tokens']:.0%} of the tokens "
+        f"and nearly the same in every row: learned by heart. {origin[1][-1]} is on the answers.",
+        "## The questions",
+        f"Asked in the format of the training rows; sampled at temperature {settings.TEMPERATURE:g} with seed "
+        f"{settings.SEED}, at most {settings.MAX_NEW_TOKENS} tokens, before and after alike.",
+    ]  # fmt: skip
+    for item in results["answers"]:
+        stats, own = (item["before_stats"], item["after_stats"]), item["reference"]
+        rows = [(key.replace("_", " "), *(x[key] for x in stats)) for key in stats[0] if key != "finished"]
+        rows.append(("ended by itself", *("yes" if x["finished"] else "no" for x in stats)))
+        if own:
+            label = f"perplexity of the data's own article ({own['split']} split)"
+            rows.append((label, own["perplexity_before"], own["perplexity_after"]))
+        parts += [f"### {item['topic']}", f"> {item['question']}", side_by_side(item["before"], item["after"])]
+        parts += [table(("", "before", "after"), *rows), None if own else "The data has no article of this title."]
     write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
-def write_model_card(results, path):
-    """Write the adapter's README.md: Hub metadata with the held-out results, and how to load it."""
-    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
-    on_hub = results["model_revision"] is not None
-    scores = [("answer", "Perplexity (answers only)"), ("full_text", "Perplexity (full text)")]
-    scores += [("bits_per_byte", "Bits per byte (answers only)")]
-    evaluations = [
-        huggingface_hub.EvalResult(
-            task_type="text-generation",
-            dataset_type=results["dataset"],
-            dataset_name=f"{results['dataset']}, held-out rows",
-            dataset_split="test",
-            metric_type="perplexity" if "perplexity" in label.lower() else key,
-            metric_name=label,
-            metric_value=round(after[key], 4),
-        )
-        for key, label in scores
-        if after[key]
-    ]
-    metadata = huggingface_hub.ModelCardData(
-        base_model=results["model"] if on_hub else None,
-        datasets=[results["dataset"]] if results["dataset_revision"] else None,
-        eval_results=evaluations,
-        language="en",
-        library_name="peft",
-        license="mit" if results["model"] in ("gpt2", "openai-community/gpt2") or results["offline_fallback"] else "other",
-        model_name=f"{short_name(results['model'])}-medical-lora",
-        pipeline_tag="text-generation",
-        tags=["lora", "sft", "trl"],
-    )
-    rows = [[label, before[key], after[key]] for key, label in scores]
-    snippet = """import torch
+MODEL_CARD = """\
+---
+{metadata}
+---
+
+# LoRA adapter: {model} fine-tuned on {dataset}
+
+None of what it writes is medical advice: a small language model states falsehoods fluently.
+
+{scores}
+
+```python
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-folder = "."  # this folder
-model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+folder = "."  # where this file is
+model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-prompt = PROMPT
+prompt = {prompt!r}
 inputs = tokenizer(prompt, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.7, pad_token_id=tokenizer.eos_token_id)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:]).split("</s>")[0])
+output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.7)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).split("</s>")[0])
+```
 """
-    write_text(
-        path,
-        f"---\n{metadata.to_yaml()}\n---\n\n# LoRA adapter: {short_name(results['model'])} fine-tuned on {short_name(results['dataset'])}\n\n"
-        "None of what it writes is medical advice. It is a small language model: it states falsehoods fluently.\n\n"
-        + table(["held-out rows", "before", "after"], *rows)
-        + f"\n\nTrained for {results['training']['steps']:,} steps with {', '.join(f'{k} = {v!r}' for k, v in results['settings'].items() if k.startswith('LORA') or k == 'LEARNING_RATE')}.\n\n"
-        f"```python\n{snippet.replace('PROMPT', repr(format_prompt('What is Anthrax and explain in detail?')))}```\n",
-    )
 
 
-# ---------------------------------------------------------------- around it
+def write_model_card(results, path):
+    """Write the adapter's README.md: metadata as the Hub reads it, the held-out scores, and how to load it."""
+    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
+    names = {"model": short_name(results["model"]), "dataset": short_name(results["dataset"])}
+    labels = {"answer": "Perplexity (answers)", "full_text": "Perplexity (full text)", "bits_per_byte": "Bits per byte"}
+    dataset = {"dataset_type": results["dataset"], "dataset_name": names["dataset"], "dataset_split": "test"}
+    metadata = huggingface_hub.ModelCardData(
+        model_name=f"{names['model']}-medical-lora", language="en", library_name="peft", tags=["lora", "sft", "trl"],
+        license="mit" if "gpt2" in results["model"] else "other", pipeline_tag="text-generation",
+        base_model=results["model"] if results["model_revision"] else None,
+        datasets=[results["dataset"]] if results["dataset_revision"] else None,
+        eval_results=[
+            huggingface_hub.EvalResult("text-generation", metric_type=key if key == "bits_per_byte" else "perplexity",
+                                       metric_name=label, metric_value=round(after[key], 4), **dataset)
+            for key, label in labels.items() if after[key]
+        ],
+    )  # fmt: skip
+    rows = ((label, before[key], after[key]) for key, label in labels.items())
+    scores, prompt = table(("held-out rows", "before", "after"), *rows), format_prompt("What is Anthrax?")
+    write_text(path, MODEL_CARD.format(metadata=metadata.to_yaml(), scores=scores, prompt=prompt, **names))
 
 
-def say(message, **kwargs):
-    """One line on the screen, from the first process alone."""
-    if process_rank()[0] == 0:
-        tqdm.write(message, **kwargs)
+def merge_adapter(model, tokenizer, folder):
+    """Write a plain fp32 model folder with the adapter merged in, once its logits are the adapter's."""
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        merged = model.merge_and_unload()
+        same = torch.allclose(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
+    assert same, "merging the adapter changed the logits"
+    save_folder(folder, merged.save_pretrained, tokenizer.save_pretrained)
+
+
+def save_folder(folder, *savers):
+    """Let `savers` write a folder that appears whole or not at all."""
+    part = Path(f"{folder}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    for save in savers:
+        save(part)
+    part.rename(folder)
+
+
+def write_text(path, text):
+    """Write a file that appears whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# --------------------------------------------------------------------------------------------- settings and machine
 
 
 def process_rank():
@@ -761,16 +744,24 @@ def on_first(function):
     return result[0]
 
 
+def say(message):
+    """A line on the screen, from the first process alone."""
+    if process_rank()[0] == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
 def last_line(error):
-    """The last line of the innermost cause of an exception."""
+    """The last line of what an exception says, of its innermost cause."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def looks_local(name):
+def is_local(name):
     """Whether a model or data set name is a path rather than a Hub id such as `gpt2` or `owner/name`."""
-    return Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+    is_file_name = re.search(r"\.(jsonl?|csv|parquet|txt|gz)$", name)
+    return Path(name).exists() or bool(is_file_name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
 
 
 def digest(path):
@@ -779,235 +770,193 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path, text):
-    """Write a file so that it appears whole or not at all."""
-    part = Path(f"{path}.tmp")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
 def check_settings(cfg):
-    """Raise InputError for the first constant that is out of range or of the wrong type."""
-    whole = lambda low: lambda x: type(x) is int and low <= x < 2**32  # noqa: E731
-    number = lambda test: lambda x: type(x) in (int, float) and test(x) and math.isfinite(x)  # noqa: E731
-    name = lambda x: isinstance(x, str) and bool(x.strip())  # noqa: E731
-    share = number(lambda x: 0 <= x < 1)
-    rules = [
+    """Raise InputError for the first constant that is out of range, of the wrong type, or can't be followed here."""
+    def name(x): return isinstance(x, str) and bool(x.strip())  # noqa: E704
+    def whole(x): return type(x) is int and 1 <= x < 2**31  # noqa: E704
+    def number(x): return type(x) in (int, float) and math.isfinite(x)  # noqa: E704
+    def share(x): return number(x) and 0 <= x < 1  # noqa: E704
+
+    rules = (
         ("MODEL_NAME DATASET_NAME OUTPUT_DIR REPORT_TO", name, "a name"),
-        ("MODEL_REVISION DATASET_REVISION", lambda x: x is None or name(x), "None or a commit, tag or branch"),
+        ("MODEL_REVISION DATASET_REVISION", lambda x: x is None or name(x), "None, or a commit, tag or branch"),
         ("OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED", lambda x: type(x) is bool, "True or False"),
-        ("LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS", whole(1), "a whole number from 1"),
-        ("MAX_LENGTH", whole(2), "a whole number of tokens from 2"),
-        ("SEED", whole(0), "a whole number from 0"),
-        ("MAX_STEPS", lambda x: x == -1 or whole(1)(x), "-1 or a whole number from 1"),
-        ("TEST_SIZE", number(lambda x: 0 < x < 1), "a share between 0 and 1, such as 0.1"),
-        ("NUM_EPOCHS LEARNING_RATE LORA_ALPHA CHECKPOINT_MINUTES", number(lambda x: x > 0), "a number above 0"),
-        ("MAX_GRAD_NORM TEMPERATURE", number(lambda x: x >= 0), "a number from 0"),
+        ("MAX_LENGTH LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS", whole,
+         "a whole number from 1"),
+        ("SEED", lambda x: x == 0 and type(x) is int or whole(x), "a whole number from 0"),
+        ("MAX_STEPS", lambda x: x == -1 or whole(x), "-1, or a whole number from 1"),
+        ("TEST_SIZE", lambda x: share(x) and x > 0, "a share between 0 and 1, such as 0.1"),
+        ("NUM_EPOCHS LEARNING_RATE LORA_ALPHA", lambda x: number(x) and x > 0, "a number above 0"),
+        ("MAX_GRAD_NORM TEMPERATURE", lambda x: number(x) and x >= 0, "a number from 0"),
         ("LORA_DROPOUT WARMUP_RATIO", share, "a share from 0 to below 1"),
-        ("BASE_DROPOUT", lambda x: x is None or share(x), "None or a share from 0 to below 1"),
-        ("LORA_TARGET_MODULES", lambda x: x is None or name(x) or (isinstance(x, list) and x and all(map(name, x))),
-         "None, a list of module names, or a name"),
-        ("QUESTIONS", lambda x: isinstance(x, dict) and x and all(name(y) for y in (*x, *x.values())),
+        ("BASE_DROPOUT", lambda x: x is None or share(x), "None, or a share from 0 to below 1"),
+        ("LORA_TARGET_MODULES", lambda x: x is None or name(x) or isinstance(x, list) and x and all(map(name, x)),
+         "None, a name, or a list of names of modules"),
+        ("QUESTIONS", lambda x: isinstance(x, dict) and x and all(map(name, (*x, *x.values()))),
          "a dict {topic: question} with at least one question"),
-    ]  # fmt: skip
+    )  # fmt: skip
     for names, test, wanted in rules:
         for constant in names.split():
             if not test(getattr(cfg, constant)):
-                raise InputError(f"{constant} = {getattr(cfg, constant)!r}: it must be {wanted}; edit it at the top of the script")
+                raise InputError(f"{constant} = {getattr(cfg, constant)!r}: must be {wanted}; edit it in the script")
     for tracker in set(cfg.REPORT_TO.split(",")) - {"none"}:
-        if importlib.util.find_spec({"tensorboard": "tensorboard"}.get(tracker, tracker)) is None:
-            raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: {tracker} is not installed; pip install {tracker}, or use \"none\"")
+        if importlib.util.find_spec(tracker) is None:
+            raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: {tracker} isn't installed; pip install it, or use 'none'")
+    try:
+        probe = Path(cfg.OUTPUT_DIR, f".writable-{os.getpid()}")
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"OUTPUT_DIR = {cfg.OUTPUT_DIR!r}: no folder to write to ({error.strerror})") from error
+    launched = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    if launched > 1 and "WORLD_SIZE" not in os.environ:
+        raise InputError(f"{launched} processes that don't know of each other: start them with torchrun")
+
+
+def choose_hardware():
+    """(device, precision, name) of this machine; on a CPU also its threads and allocator."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count > processes == 1:
+            raise InputError(f"{count} GPUs: use torchrun --nproc_per_node={count}, or one with CUDA_VISIBLE_DEVICES=0")
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "cuda", precision, torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "mps", "fp32", "Apple GPU"
+    if platform.libc_ver()[0] == "glibc":  # half of a step is the mapping of fresh pages, unless freed ones are kept
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            ctypes.CDLL(None).mallopt(parameter, value)
+    if processes > 1:  # torchrun sets one thread
+        torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")  # without, bf16 is slower than fp32
+    return "cpu", "bf16" if has_bf16 else "fp32", cpu.get("cpu_name") or platform.machine()
+
+
+def needs_checkpointing(model, batch_size, length):
+    """Whether a step's activations, kept, would fill the free memory: recomputing them costs a third more time."""
+    config = model.config
+    per_token = 34 * config.hidden_size + 5 * config.num_attention_heads * length  # bytes per layer in 16 bits
+    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+    return batch_size * length * config.num_hidden_layers * per_token > 0.6 * free
+
+
+def quiet_libraries():
+    """Keep off the screen what a user can do nothing about; the warnings of torch and of the data stay."""
+    for library in (transformers, datasets):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+
+
+# -------------------------------------------------------------------------------------------------------- the inputs
 
 
 def probe_hub(cfg):
-    """Ask the Hub once for what isn't local: None where it is there, the reason where the Hub can't be reached.
+    """Ask the Hub once for what isn't local: None if it has it, the reason if it can't be reached.
 
-    Raises InputError where the Hub says that it doesn't exist.
+    Raises InputError if it says that there is no such thing.
     """
+    errors, api = huggingface_hub.errors, huggingface_hub.HfApi()
     for constant, name, revision in (
-        ("MODEL", cfg.MODEL_NAME, cfg.MODEL_REVISION),
-        ("DATASET", cfg.DATASET_NAME, cfg.DATASET_REVISION),
-    ):
-        reason = None if looks_local(name) else ask_hub(constant, name, revision)
-        if reason:
-            return reason
-
-
-def ask_hub(constant, name, revision):
-    repo_type, errors = constant.lower(), huggingface_hub.errors
-    try:
-        huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=repo_type, timeout=5)
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{constant}_REVISION: {name} has no revision {revision!r}; None takes the newest") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise InputError(
-            f"{constant}_NAME: the Hub has no {repo_type} {name!r} that you may read; check the name, or `hf auth login`"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise InputError(f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login` first") from error
-        return f"the Hub answered {status} for {name}"
-    except (huggingface_hub.utils.httpx.RequestError, errors.OfflineModeIsEnabled, ValueError) as error:
-        return f"{type(error).__name__}: {last_line(error)}"
+        ("MODEL", cfg.MODEL_NAME, cfg.MODEL_REVISION), ("DATASET", cfg.DATASET_NAME, cfg.DATASET_REVISION),
+    ):  # fmt: skip
+        try:
+            if not is_local(name):
+                api.repo_info(name, revision=revision, repo_type=constant.lower(), timeout=5)
+        except errors.RevisionNotFoundError as error:
+            raise InputError(f"{constant}_REVISION: {name} has no {revision!r}; None takes the newest") from error
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+            message = f"{constant}_NAME: the Hub has no {name!r} that you may read; check it, or `hf auth login`"
+            raise InputError(message) from error
+        except errors.HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                message = f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login` first"
+                raise InputError(message) from error
+            return f"it answered {status}"
+        except (huggingface_hub.utils.httpx.RequestError, errors.OfflineModeIsEnabled, ValueError) as error:
+            return f"{type(error).__name__}: {last_line(error)}"
 
 
 def set_offline(offline):
-    """Let no library contact the Hub, or let them again; they read these when called."""
+    """Let no library contact the Hub, or let them again; they look at these when called."""
     huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
     os.environ["HF_HUB_OFFLINE"] = "1" if offline else "0"
 
 
-def load_model(name, revision, *, dropout=None):
-    """The model in fp32, from safetensors and without remote code; `dropout` replaces the base model's own."""
+def load_model(name, revision=None, *, dropout=None):
+    """A causal LM in fp32, from safetensors, without remote code; `dropout` replaces the base model's own."""
     config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     for key, value in config.to_dict().items():
-        if isinstance(value, float) and dropout is not None and ("dropout" in key or key.endswith("pdrop")):
+        if dropout is not None and isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
             setattr(config, key, dropout)
         if value == "gelu_new":
-            setattr(config, key, "gelu_pytorch_tanh")  # the same function as one kernel
-    return AutoModelForCausalLM.from_pretrained(
-        name, config=config, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-    )
+            setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **kwargs)
 
 
-def load_inputs(cfg, folder=Path()):
-    """Model, tokenizer and splits; LookupError where one is on the Hub, and neither reachable nor in the cache."""
-    model_name, offline = cfg.MODEL_NAME, huggingface_hub.constants.HF_HUB_OFFLINE
-    revision = None if looks_local(model_name) else cfg.MODEL_REVISION
-    if looks_local(folder / model_name):
-        model_name = str(folder / model_name)
-        if not Path(model_name, "config.json").is_file():
-            raise InputError(f"MODEL_NAME: {model_name} is no model folder: it has no config.json")
-        if not any(Path(model_name).glob("*.safetensors")):
-            raise InputError(f"MODEL_NAME: {model_name} has no .safetensors weights; pickled ones are not loaded")
+def load_inputs(cfg):
+    """(model, tokenizer, train, test, stats); LookupError if the Hub is out of reach and its cache has them not."""
+    offline, name, revision = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME, cfg.MODEL_REVISION
+    if is_local(name):
+        revision = None
+        if not Path(name, "config.json").is_file():
+            raise InputError(f"MODEL_NAME: {name} is no model folder: it has no config.json")
+        if not any(Path(name).glob("*.safetensors")):
+            raise InputError(f"MODEL_NAME: {name} has no .safetensors weights, and pickled ones aren't loaded")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, revision=revision, trust_remote_code=False)
-        model = load_model(model_name, revision, dropout=cfg.BASE_DROPOUT)
-    except (OSError, ValueError, KeyError) as error:
-        if offline and not looks_local(model_name):
-            raise LookupError(f"{model_name} is not in the cache") from error
-        raise InputError(f"MODEL_NAME: {model_name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        model = load_model(name, revision, dropout=cfg.BASE_DROPOUT)
+    except Exception as error:
+        if offline and not is_local(name) and isinstance(error, OSError):
+            raise LookupError(f"{name} is not in the cache") from error
+        raise InputError(f"MODEL_NAME: {name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
     if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise InputError(f"MODEL_NAME: {model_name} needs a fast tokenizer with an end-of-sequence token")
+        raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer with an end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    source = str(folder / cfg.DATASET_NAME) if looks_local(folder / cfg.DATASET_NAME) else cfg.DATASET_NAME
+    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
     try:
-        splits = load_splits(
-            source, cfg.DATASET_REVISION, test_size=cfg.TEST_SIZE, seed=cfg.SEED, drop_empty=cfg.DROP_EMPTY_ANSWERS
-        )
+        return model, tokenizer, *load_splits(cfg.DATASET_NAME, cfg.DATASET_REVISION, **kwargs)
     except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        if offline and not looks_local(source):
-            raise LookupError(f"{source} is not in the cache") from error
-        raise InputError(f"DATASET_NAME: {source} can't be loaded: {last_line(error)}") from error
-    return model, tokenizer, *splits
-
-
-def quiet_libraries():
-    """Keep off the screen what a user can do nothing about; warnings of the model, the data and torch stay."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-
-
-def dataset_revision(split):
-    """The commit of a Hub data set, None for local files."""
-    found = re.search(r"@([0-9a-f]{40})/", " ".join(split.info.download_checksums or {}))
-    return found.group(1) if found else None
-
-
-def merge_adapter(model, tokenizer, folder):
-    """Write a plain fp32 model folder with the adapter merged in; its logits are checked against the adapter's."""
-    ids = torch.arange(8, device=model.device)[None]
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        merged = model.merge_and_unload()
-        if not torch.allclose(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3):
-            raise RuntimeError("the merged model's logits differ from the adapter's")
-    part = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    merged.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(folder)
-
-
-def title_of(text):
-    """The term that a row explains, in lower case."""
-    found = re.search(r"What is (.+?) and explain in detail", text)
-    return found.group(1).casefold() if found else ""
-
-
-def needs_checkpointing(model, batch_size, length):
-    """Whether a training step's activations may fill the free memory, so that recomputing them is worth a third more time."""
-    size = model.config.hidden_size * 34 + model.config.num_attention_heads * length * 5  # bytes per token and layer, bf16
-    needed = batch_size * length * size * model.config.num_hidden_layers
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    return needed > 0.7 * free
+        if offline and not is_local(cfg.DATASET_NAME):
+            raise LookupError(f"{cfg.DATASET_NAME} is not in the cache") from error
+        raise InputError(f"DATASET_NAME: {cfg.DATASET_NAME} can't be loaded: {last_line(error)}") from error
 
 
 def run_folder(cfg, model, train, test):
-    """The run's folder, named after the model and everything that its figures depend on."""
+    """The run's folder, named after the model and a hash of all that its figures depend on."""
     weights = getattr(model.config, "_commit_hash", None)
-    if not weights:
-        weights = [digest(file) for file in sorted(Path(model.name_or_path).glob("*.safetensors"))]
-    identity = {name: getattr(cfg, name) for name in SETTINGS if name not in NO_MATTER} | {"processes": process_rank()[1]}
-    identity |= {"model": weights, "train": train["text"][:], "test": test["text"][:]}
+    weights = weights or [digest(file) for file in sorted(Path(cfg.MODEL_NAME).glob("*.safetensors"))]
+    ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
+    identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
+    identity |= {"weights": weights, "train": train["text"][:], "test": test["text"][:], "processes": process_rank()[1]}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return Path(cfg.OUTPUT_DIR, f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(cfg.MODEL_NAME).name)}-{key}")
 
 
 def lock_run(run):
-    """Make the run's folder and keep other processes out of it, for as long as the lock that this returns lives."""
+    """Make the run's folder, and keep other processes out of it as long as the lock that this returns lives."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(run / "checkpoints" / ".lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise InputError(f"another process is at work in {run}: wait for it; to use several, start them with torchrun") from error
+        raise InputError(f"another process is at work in {run}: wait for it; start several with torchrun") from error
     return lock
 
 
-def choose_hardware():
-    """(device, precision, name) for this machine; on a Linux CPU also the allocator's settings."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() > processes == 1:
-            raise InputError(
-                f"{torch.cuda.device_count()} GPUs and one process: start it with torchrun --nproc_per_node="
-                f"{torch.cuda.device_count()} {Path(sys.argv[0]).name}, or choose one with CUDA_VISIBLE_DEVICES=0"
-            )
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "cuda", precision, torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return "mps", "fp32", "Apple GPU"
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        # over half of a training step's time is fresh pages for large tensors, unless freed memory is kept
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(parameter, value)
-    if processes > 1 and "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")  # without these, bf16 is slower than fp32
-    return "cpu", "bf16" if has_bf16 else "fp32", cpu.get("cpu_name") or platform.machine()
+def program(main):
+    """Wrap `main`: what the user can mend ends with one line on stderr and an exit code, without a traceback."""
 
-
-def command(function):
-    """Run `function` as a program: what the user can mend ends with one line and its exit code, and without a traceback."""
-
-    @functools.wraps(function)
-    def program():
+    @functools.wraps(main)
+    def wrapped():
         offline = huggingface_hub.constants.HF_HUB_OFFLINE
         try:
-            return function()
+            return main()
         except InputError as error:
             code, message = 2, f"error: {error}"
         except KeyboardInterrupt:
@@ -1015,281 +964,226 @@ def command(function):
         except Exception as error:
             if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(OUTPUT_DIR).free > 2**20:
                 raise
-            code, message = 2, f"error: no space left in {OUTPUT_DIR}/; free some, and the same command goes on"
+            code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
         finally:
             set_offline(offline)
         if os.environ.get("RANK", "0") == "0":
-            print(message, file=sys.stderr, flush=True)
+            print(message, file=sys.stderr)
         raise SystemExit(code)
 
-    return program
+    return wrapped
 
 
-@command
+@program
 def main():
-    """Run the whole story; returns the folder of the run."""
-    # settings, hardware and the output folder: everything that can be checked before anything takes time
+    """The whole story, in order; returns the run's folder."""
+    # settings and machine: all that can be checked before anything takes time
     cfg = SimpleNamespace(**{name: globals()[name] for name in SETTINGS})
     check_settings(cfg)
     device, precision, hardware_name = choose_hardware()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if "WORLD_SIZE" in os.environ:
-        PartialState(cpu=device == "cpu")
+        PartialState(cpu=device == "cpu")  # joins the processes
+    rank, processes = process_rank()
     quiet_libraries()
-    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}: {hardware_name}, {device}, {precision}, {process_rank()[1]} process(es)")
+    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware_name}, {device}, {precision}, {processes} process(es)")
 
-    # model, tokenizer and data: a folder, the Hub, its cache, or else the offline default
-    reason = on_first(lambda: probe_hub(cfg))
-    set_offline(reason is not None)
+    # model, tokenizer and data: local, from the Hub, from its cache, or else the offline default
+    unreachable, fallback = on_first(lambda: probe_hub(cfg)), False
+    set_offline(unreachable is not None)
     try:
         model, tokenizer, train, test, counts = load_inputs(cfg)
-        here = Path()
     except LookupError as error:
+        cause = f"the Hub can't be reached ({unreachable}) and {error.args[0]}"
         if not cfg.OFFLINE_FALLBACK:
-            raise InputError(f"the Hub can't be reached ({reason}) and {error.args[0]}; get online, or use local files") from error
+            raise InputError(f"{cause}; go online once, or name local files") from error
+        fallback = True
         vars(cfg).update(OFFLINE_SETTINGS)
-        changed = ", ".join(f"{name} = {value!r}" for name, value in OFFLINE_SETTINGS.items() if "_N" not in name)
-        box = [
-            "OFFLINE DEFAULT: not the model and data that the constants name",
-            f"The Hub can't be reached ({reason}),",
-            f"and {error.args[0]}. Instead, the same pipeline now runs on what ships with the script:",
-            f"{cfg.MODEL_NAME}, a tiny GPT-2, and {cfg.DATASET_NAME}, a small data set.",
-            f"Their own settings: {changed}",
-        ]
-        say("\n".join(["", "=" * 110, *(f"  {line}" for line in box), "=" * 110, ""]))
-        here = HERE
-        model, tokenizer, train, test, counts = load_inputs(cfg, here)
+        changed = ", ".join(f"{k} = {v!r}" for k, v in OFFLINE_SETTINGS.items() if type(v) in (int, float))
+        say(
+            f"\n{'=' * 100}\n  OFFLINE DEFAULT: not the model and data that the constants name!\n\n  Why: {cause}.\n"
+            f"  The same pipeline now runs on what ships with the script:\n  {cfg.MODEL_NAME}, a tiny GPT-2, and "
+            f"{cfg.DATASET_NAME}, with {changed}.\n{'=' * 100}\n"
+        )
+        shipped = Path(__file__).resolve().parent
+        cfg.MODEL_NAME, cfg.DATASET_NAME = str(shipped / cfg.MODEL_NAME), str(shipped / cfg.DATASET_NAME)
+        model, tokenizer, train, test, counts = load_inputs(cfg)
     set_offline(True)  # from here on nothing is fetched or sent
     model.to(device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     say(
-        f"data: {counts['rows']:,} rows, dropped {counts['dropped_empty']:,} without an answer, {counts['dropped_duplicate']:,} "
-        f"duplicates, {counts['dropped_malformed']:,} malformed; {counts['train_rows']:,} to train on, {counts['test_rows']:,} held out"
+        f"data: {counts['rows']:,} rows; dropped {counts['dropped_empty']:,} without an answer, "
+        f"{counts['dropped_duplicate']:,} duplicates, {counts['dropped_malformed']:,} malformed; "
+        f"{counts['train_rows']:,} to train on, {counts['test_rows']:,} held out"
     )
 
-    # what only the model can tell about the settings
+    # what only the model can say of the settings
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
     longest = max(map(len, tokenizer(prompts)["input_ids"]))
     if cfg.MAX_LENGTH > context or longest + cfg.MAX_NEW_TOKENS > context:
         raise InputError(
-            f"MAX_LENGTH = {cfg.MAX_LENGTH} and a prompt of {longest} + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS} tokens must both fit "
-            f"the context of {cfg.MODEL_NAME}, {context} tokens"
+            f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS}, "
+            f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
         )
     lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=cfg.LORA_R,
-        lora_alpha=cfg.LORA_ALPHA,
-        lora_dropout=cfg.LORA_DROPOUT,
-        target_modules=cfg.LORA_TARGET_MODULES,
+        task_type="CAUSAL_LM", r=cfg.LORA_R, lora_alpha=cfg.LORA_ALPHA, lora_dropout=cfg.LORA_DROPOUT,
+        target_modules=cfg.LORA_TARGET_MODULES, revision=getattr(model.config, "_commit_hash", None),
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
-        revision=getattr(model.config, "_commit_hash", None),
-    )
+    )  # fmt: skip
     try:
-        with torch.device("meta"):
-            shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), copy.deepcopy(lora))
+        with torch.device("meta"):  # costs nothing, and PEFT judges the settings now rather than after the baseline
+            shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), LoraConfig(**lora.to_dict()))
     except ValueError as error:
         raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: {str(error).splitlines()[0]}") from error
     if isinstance(shell.get_output_embeddings(), BaseTunerLayer):
         raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: the LM head can't be among them")
     trainable, total = shell.get_nb_trainable_parameters()
 
-    # the run's folder; a run that was interrupted goes on in it
+    # the run's folder: an interrupted run goes on in it, a finished one is left alone
     run = run_folder(cfg, model, train, test)
-    lock = lock_run(run) if process_rank()[0] == 0 else None
-    checkpoints, adapter, results_file = run / "checkpoints", run / "adapter", run / "results.json"
-    wanted = [results_file, run / "report.md", run / "training_loss.png", run / "perplexity_comparison.png", adapter / "README.md"]
-    wanted += [run / "merged"] if cfg.SAVE_MERGED else []
-    if on_first(lambda: all(path.exists() for path in wanted)):
-        say(f"this run is finished: {run}/report.md; to repeat it, change a setting or move the folder away")
+    lock = lock_run(run) if rank == 0 else None
+    checkpoints, adapter = run / "checkpoints", run / "adapter"
+    names = ["results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"]
+    products = [run / name for name in names + ["merged"] * cfg.SAVE_MERGED]
+    if on_first(lambda: all(path.exists() for path in products)):
+        say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
         return run
 
-    # baseline: the base model, before any trainer exists
-    questions, texts = list(cfg.QUESTIONS.values()), test["text"][:]
-    articles = {title_of(text): (split, text) for split, rows in (("train", train), ("test", test)) for text in rows["text"]}
-    articles = {topic: articles.get(topic.casefold()) for topic in cfg.QUESTIONS}
+    # the baseline, from the base model itself, before any trainer exists
+    texts, questions = test["text"][:], list(cfg.QUESTIONS.values())
+    titles = {}
+    for split, rows in (("train", train), ("test", test)):
+        found = (re.search(r"What is (.+?) and explain in detail", text) for text in rows["text"])
+        titles |= {x.group(1).casefold(): (split, text) for x, text in zip(found, rows["text"], strict=True) if x}
+    articles = {topic: titles[topic.casefold()] for topic in cfg.QUESTIONS if topic.casefold() in titles}
 
     def measure(model, name):
-        """Score and ask a model, before and after alike; the result is kept in checkpoints/<name>.json."""
-        if not on_first((checkpoints / f"{name}.json").exists):
-            began = time.monotonic()
-            rows = score_rows(model, tokenizer, texts, max_length=cfg.MAX_LENGTH, dtype=dtype, progress=f"  scoring {name}")
-            known = [article[1] for article in articles.values() if article]
-            own = score_rows(model, tokenizer, known, max_length=cfg.MAX_LENGTH, dtype=dtype).tolist() if known else []
-            answers = on_first(
-                lambda: generate_answers(
-                    model, tokenizer, questions, max_new_tokens=cfg.MAX_NEW_TOKENS, temperature=cfg.TEMPERATURE,
-                    seed=cfg.SEED, with_finished=True,
-                )
-            )  # fmt: skip
-            measured = {"rows": rows.tolist(), "articles": own, "answers": answers}
-            on_first(lambda: write_json(checkpoints / f"{name}.json", measured))
-            say(f"{name}: scored {len(texts):,} rows and answered {len(questions)} questions in {time.monotonic() - began:.1f} s")
-        return on_first(lambda: json.loads((checkpoints / f"{name}.json").read_text(encoding="utf-8")))
-
-    before = measure(model, "before")
-    loss_columns = [0, 1] if cfg.TRAIN_ON_PROMPT else [2, 3]  # of score_rows: what the training loss sees
+        """Score and ask a model, the same way before and after; kept in checkpoints/<name>.json."""
+        path, began = checkpoints / f"{name}.json", time.monotonic()
+        if not on_first(path.exists):
+            kwargs = {"max_length": cfg.MAX_LENGTH, "dtype": dtype}
+            rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **kwargs)
+            own = score_rows(model, tokenizer, [text for _, text in articles.values()], **kwargs)
+            kwargs = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
+            answers = on_first(lambda: generate_answers(model, tokenizer, questions, with_finished=True, **kwargs))
+            measured = {"rows": rows.tolist(), "articles": own.tolist(), "answers": answers}
+            on_first(lambda: write_json(path, measured))
+            perplexity, took = summarize_scores(rows)["answer"] or math.nan, time.monotonic() - began
+            say(f"{name}: answer perplexity {perplexity:.2f} on {len(texts):,} rows, all questions asked; {took:.0f} s")
+        return on_first(lambda: json.loads(path.read_text(encoding="utf-8")))
 
     def mean_nll(rows):
-        nll, tokens = np.asarray(rows)[:, loss_columns].sum(0)
+        """Of what the training loss sees: whole rows, or answers."""
+        nll, tokens = np.sum(rows, axis=0)[[0, 1] if cfg.TRAIN_ON_PROMPT else [2, 3]]
         return float(nll / tokens)
+
+    before = measure(model, "before")
 
     # LoRA fine-tuning
     if not on_first(adapter.exists):
-        eos = tokenizer.eos_token
-        encoded = encode(tokenizer, [text.removesuffix(eos) for text in train["text"]], cfg.MAX_LENGTH, end=eos)
-        tokens = datasets.Dataset.from_list(
-            [{"input_ids": ids, "labels": ids if cfg.TRAIN_ON_PROMPT else [-100] * first + ids[first:]} for ids, first, _ in encoded]
-        )
+        encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=tokenizer.eos_token)
+        labels = [ids if cfg.TRAIN_ON_PROMPT else [-100] * first + ids[first:] for ids, first, _ in encoded]
+        tokens = datasets.Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": labels})
         sft_config = SFTConfig(
-            output_dir=str(checkpoints),
-            seed=cfg.SEED,
-            data_seed=cfg.SEED,
-            num_train_epochs=cfg.NUM_EPOCHS,
-            max_steps=cfg.MAX_STEPS,
-            learning_rate=cfg.LEARNING_RATE,
-            lr_scheduler_type="linear",
-            warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
-            per_device_train_batch_size=cfg.BATCH_SIZE,
-            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
-            max_grad_norm=cfg.MAX_GRAD_NORM,
-            max_length=cfg.MAX_LENGTH,
-            logging_steps=cfg.LOGGING_STEPS,
-            eval_strategy="steps",
-            eval_steps=cfg.EVAL_STEPS,
-            save_strategy="steps",
-            save_steps=cfg.EVAL_STEPS,
-            save_total_limit=2,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            use_cpu=device == "cpu",
+            output_dir=str(checkpoints), seed=cfg.SEED, data_seed=cfg.SEED, max_length=cfg.MAX_LENGTH,
+            num_train_epochs=cfg.NUM_EPOCHS, max_steps=cfg.MAX_STEPS, per_device_train_batch_size=cfg.BATCH_SIZE,
+            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS, learning_rate=cfg.LEARNING_RATE,
+            lr_scheduler_type="linear", warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
+            max_grad_norm=cfg.MAX_GRAD_NORM, logging_steps=cfg.LOGGING_STEPS, logging_nan_inf_filter=False,
+            eval_strategy="steps", eval_steps=cfg.EVAL_STEPS, save_strategy="steps", save_steps=cfg.EVAL_STEPS,
+            save_total_limit=2, report_to=cfg.REPORT_TO, include_num_input_tokens_seen="non_padding",
+            use_cpu=device == "cpu", bf16=precision == "bf16", fp16=precision == "fp16",
             gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
-            dataloader_pin_memory=device == "cuda",
-            ddp_find_unused_parameters=False,
-            include_num_input_tokens_seen="non_padding",
-            logging_nan_inf_filter=False,
-            report_to=cfg.REPORT_TO,
-        )
+            dataloader_pin_memory=device == "cuda", ddp_find_unused_parameters=False,
+        )  # fmt: skip
+
+        def validate(model):
+            return mean_nll(score_rows(model, tokenizer, texts, max_length=cfg.MAX_LENGTH, dtype=dtype))
+
         trainer = LoRATrainer(
-            model=model,
-            args=sft_config,
-            train_dataset=tokens,
-            eval_dataset=tokens.select([0]),  # a placeholder: `validate` scores the held-out texts
-            processing_class=tokenizer,
-            peft_config=lora,
-            validate=lambda model: mean_nll(score_rows(model, tokenizer, texts, max_length=cfg.MAX_LENGTH, dtype=dtype)),
-        )
-        checkpoint = on_first(lambda: newest_checkpoint(checkpoints))
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if process_rank()[0] == 0:
-            write_json(
-                checkpoints / "training.json",
-                {
-                    "steps": trainer.state.global_step,
-                    "tokens": trainer.state.num_input_tokens_seen,
-                    "seconds": trainer.clock.seconds,
-                    "log_history": trainer.state.log_history,
-                    "truncated_train_rows": sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded),
-                },
-            )
-            part = run / "adapter.tmp"
-            shutil.rmtree(part, ignore_errors=True)
-            trainer.model.save_pretrained(part, save_embedding_layers=False)
-            tokenizer.save_pretrained(part)
-            part.rename(adapter)
-        on_first(lambda: None)
+            model=model, args=sft_config, train_dataset=tokens, processing_class=tokenizer, peft_config=lora,
+            eval_dataset=tokens.select([0]), validate=validate,  # which has its own rows
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=on_first(lambda: newest_checkpoint(checkpoints)))
+        if rank == 0:
+            state, seconds, left_out = trainer.state, trainer.clock.seconds, ("seconds", "num_input_tokens_seen")
+            history = [{k: v for k, v in entry.items() if k not in left_out} for entry in state.log_history]
+            summary = {
+                "steps": state.global_step, "tokens": state.num_input_tokens_seen, "seconds": seconds,
+                "tokens_per_second": state.num_input_tokens_seen / seconds, "trainable_parameters": trainable,
+                "total_parameters": total, "log_history": history,
+                "truncated_train_rows": sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded),
+            }  # fmt: skip
+            write_json(checkpoints / "training.json", summary)
+            save_adapter = functools.partial(trainer.model.save_pretrained, save_embedding_layers=False)
+            save_folder(adapter, save_adapter, tokenizer.save_pretrained)
+        on_first(lambda: None)  # the others wait
         del trainer
+
+    # the same two measurements, of the adapter as it was saved
     del model
-
-    # the same two measurements of the adapter as it was saved
-    model_path = str(here / cfg.MODEL_NAME) if looks_local(here / cfg.MODEL_NAME) else cfg.MODEL_NAME
-    revision = None if looks_local(model_path) else cfg.MODEL_REVISION
-    model = PeftModel.from_pretrained(load_model(model_path, revision), str(adapter)).to(device)
+    revision = None if is_local(cfg.MODEL_NAME) else cfg.MODEL_REVISION
+    model = PeftModel.from_pretrained(load_model(cfg.MODEL_NAME, revision), str(adapter)).to(device)
     after = measure(model, "after")
-
-    # results, plots, report, model card
-    if process_rank()[0] > 0:
+    if rank > 0:
         return run
-    training = json.loads((checkpoints / "training.json").read_text())
-    history = [{key: x for key, x in entry.items() if key not in ("seconds", "num_input_tokens_seen")} for entry in training["log_history"]]
+
+    # results, report, plots and model card
+    training = json.loads((checkpoints / "training.json").read_text(encoding="utf-8"))
+    counts["truncated_train_rows"] = training.pop("truncated_train_rows")
+    history = training["log_history"]
     history.insert(0, {"step": 0, "epoch": 0.0, "eval_loss": mean_nll(before["rows"])})
     history.append({"step": training["steps"], "epoch": history[-1]["epoch"], "eval_loss": mean_nll(after["rows"])})
     answers = []
-    known = [topic for topic, article in articles.items() if article]
-    for topic, prompt, (text_before, ended_before), (text_after, ended_after) in zip(
-        cfg.QUESTIONS, prompts, before["answers"], after["answers"], strict=True
-    ):
+    for i, (topic, question) in enumerate(cfg.QUESTIONS.items()):
+        (one, one_ended), (two, two_ended) = before["answers"][i], after["answers"][i]
         own = None
-        if topic in known:
-            perplexity = [math.exp(scores["articles"][known.index(topic)][2] / scores["articles"][known.index(topic)][3]) for scores in (before, after)]
+        if topic in articles:
+            n = list(articles).index(topic)
+            perplexity = [math.exp(x["articles"][n][2] / max(x["articles"][n][3], 1)) for x in (before, after)]
             own = {"split": articles[topic][0], "perplexity_before": perplexity[0], "perplexity_after": perplexity[1]}
-        answers.append(
-            {
-                "topic": topic,
-                "question": cfg.QUESTIONS[topic],
-                "prompt": prompt,
-                "before": text_before,
-                "after": text_after,
-                "before_stats": answer_stats(text_before, finished=ended_before),
-                "after_stats": answer_stats(text_after, finished=ended_after),
-                "reference": own,
-            }
-        )
+        answers.append({
+            "topic": topic, "question": question, "prompt": prompts[i], "before": one, "after": two,
+            "before_stats": answer_stats(one, finished=one_ended), "after_stats": answer_stats(two, finished=two_ended),
+            "reference": own,
+        })  # fmt: skip
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(train.info.download_checksums or {}))
+    if fallback:
+        cfg.MODEL_NAME, cfg.DATASET_NAME = OFFLINE_SETTINGS["MODEL_NAME"], OFFLINE_SETTINGS["DATASET_NAME"]
+    packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
     rows_before, rows_after = np.array(before["rows"]), np.array(after["rows"])
     results = {
-        "model": cfg.MODEL_NAME,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "dataset": cfg.DATASET_NAME,
-        "dataset_revision": dataset_revision(train),
-        "offline_fallback": here is HERE,
+        "model": cfg.MODEL_NAME, "model_revision": getattr(model.config, "_commit_hash", None),
+        "dataset": cfg.DATASET_NAME, "dataset_revision": commit and commit.group(1), "offline_fallback": fallback,
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
-        "versions": {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": {
-            "name": hardware_name,
-            "device": device,
-            "precision": precision,
-            "processes": process_rank()[1],
-            "threads": torch.get_num_threads(),
-        },
-        "data": counts | {"truncated_train_rows": training["truncated_train_rows"]},
-        "perplexity": {
-            "before": summarize_scores(rows_before),
-            "after": summarize_scores(rows_after),
-            "change": paired_change(rows_before, rows_after),
-        },
-        "training": {
-            "steps": training["steps"],
-            "tokens": training["tokens"],
-            "seconds": training["seconds"],
-            "tokens_per_second": training["tokens"] / training["seconds"],
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "log_history": history,
-        },
-        "answers": answers,
-    }
-    if not results_file.exists():
-        write_json(results_file, results)
-    results = json.loads(results_file.read_text(encoding="utf-8"))
-    title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
+        "versions": {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in packages},
+        "hardware": {"name": hardware_name, "device": device, "precision": precision, "processes": processes,
+                     "threads": torch.get_num_threads()},
+        "data": counts,
+        "perplexity": {"before": summarize_scores(rows_before), "after": summarize_scores(rows_after),
+                       "change": paired_change(rows_before, rows_after)},
+        "training": training, "answers": answers,
+    }  # fmt: skip
+    if not (run / "results.json").exists():
+        write_json(run / "results.json", results)
+    scores, title = results["perplexity"], f"{short_name(cfg.MODEL_NAME)} on {short_name(cfg.DATASET_NAME)}"
     plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}")
-    perplexity = results["perplexity"]
-    plot_perplexity(perplexity["before"], perplexity["after"], run / "perplexity_comparison.png", title=f"Held-out perplexity: {title}")
+    plot = run / "perplexity_comparison.png"
+    plot_perplexity(scores["before"], scores["after"], plot, title=f"Held-out perplexity: {title}")
     write_model_card(results, adapter / "README.md")
     write_report(results, run / "report.md")
     if cfg.SAVE_MERGED and not (run / "merged").exists():
         merge_adapter(model, tokenizer, run / "merged")
 
-    say(f"{'held-out perplexity':24}{'before':>10}{'after':>10}{'change':>10}")
+    say(f"\n{'perplexity, held-out rows':26}{'before':>10}{'after':>10}{'change':>10}")
     for label, key in (("answers only", "answer"), ("full text", "full_text"), ("reference protocol", "seed_protocol")):
-        old, new = perplexity["before"][key], perplexity["after"][key]
-        say(f"{label:24}{old:10.2f}{new:10.2f}{new / old - 1:+10.1%}")
-    for path in wanted:
-        say(f"wrote {path.parent if path.parent == adapter else path}")
-    if lock:
-        lock.release()
+        old, new = (scores[when][key] or math.nan for when in ("before", "after"))
+        say(f"{label:26}{old:10.2f}{new:10.2f}{new / old - 1:+10.1%}")
+    say(f"\nwrote {run}/: {', '.join(names[:-1])}, adapter/{', merged/' * cfg.SAVE_MERGED}".rstrip(", "))
+    lock.release()
     return run
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and spot machines say it so
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and spot machines end a job so
     main()

@@ -1,0 +1,374 @@
+"""main() as users run it: what it writes, that it learns, that it is honest about the base model, and that nothing is lost."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import finetune_medical_gpt2 as script
+import pytest
+import torch
+from conftest import SHORT_RUN, TESTS, load_tiny, set_constants
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, pipeline
+from trl import SFTConfig, SFTTrainer
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def without_times(results):
+    """What two runs of the same command must share: everything but the times."""
+    training = {k: v for k, v in results["training"].items() if k not in ("seconds", "tokens_per_second")}
+    settings = {k: v for k, v in results["settings"].items() if k not in ("OUTPUT_DIR", "SAVE_MERGED")}
+    return results | {"training": training, "settings": settings}
+
+
+def start(output_dir, before="", launcher=(), **changes):
+    """Run main() in another process, with `before` executed first; returns the Popen."""
+    constants = {**SHORT_RUN, "OUTPUT_DIR": str(output_dir), **changes}
+    code = f"import finetune_medical_gpt2 as script\nvars(script).update({constants!r})\n{before}\n"
+    code += "import signal\nsignal.signal(signal.SIGTERM, signal.default_int_handler)\nscript.main()\n"
+    program = Path(output_dir).parent / "program.py"
+    program.write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    return subprocess.Popen(
+        [sys.executable, *launcher, program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+# ---------------------------------------------------------------- one run
+
+
+def test_every_file_is_there_and_says_what_the_contract_says(short_run):
+    for name in ("results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
+        assert (short_run / name).stat().st_size > 500, name
+    assert not list(short_run.rglob("*.tmp"))
+    assert short_run.name.startswith("tiny_gpt2-")
+    results = read(short_run)
+    assert set(results) == {
+        "model", "model_revision", "dataset", "dataset_revision", "offline_fallback", "settings", "versions", "hardware",
+        "data", "perplexity", "training", "answers",
+    }  # fmt: skip
+    assert set(results["perplexity"]["before"]) == {
+        "full_text", "answer", "seed_protocol", "bits_per_byte", "tokens", "answer_tokens", "answer_ci95",
+    }  # fmt: skip
+    assert results["training"]["steps"] == 24 and results["training"]["tokens_per_second"] > 0
+    assert results["training"]["trainable_parameters"] < results["training"]["total_parameters"] / 20
+    history = results["training"]["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 10, 20, 24]
+    assert [entry["step"] for entry in history if "loss" in entry] == [5, 10, 15, 20, 24]
+    for answer in results["answers"]:
+        assert answer["prompt"] == script.format_prompt(answer["question"]) and answer["reference"]["split"] in (
+            "train",
+            "test",
+        )
+        assert set(answer["after_stats"]) == {"words", "sentences", "unique_words", "distinct_bigrams", "finished"}
+    low, high = results["perplexity"]["after"]["answer_ci95"]
+    assert low < results["perplexity"]["after"]["answer"] < high
+
+
+def test_training_tokens_are_the_real_ones(short_run, tiny, rows):
+    encoded = script.encode(tiny[1], rows[0], SHORT_RUN["MAX_LENGTH"], end=tiny[1].eos_token)
+    tokens = sum(len(ids) for ids, _, _ in encoded)
+    results = read(short_run)
+    per_row = results["training"]["tokens"] / (24 * 8)
+    assert per_row == pytest.approx(tokens / len(rows[0]), rel=0.05)
+    cut = sum(ids[-1] != tiny[1].eos_token_id for ids, _, _ in encoded)
+    assert results["data"]["truncated_train_rows"] == cut
+
+
+def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
+    before, after = (read(short_run)["perplexity"][key] for key in ("before", "after"))
+    assert after["answer"] < 0.85 * before["answer"]
+    assert after["full_text"] < 0.6 * before["full_text"]
+    assert read(short_run)["perplexity"]["change"]["ci95"][1] < 0
+
+
+def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
+    model, tokenizer = tiny
+    results = read(short_run)
+    dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
+    fresh = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
+    assert results["perplexity"]["before"] == pytest.approx(fresh, rel=1e-6)
+    answers = script.generate_answers(
+        model,
+        tokenizer,
+        list(script.QUESTIONS.values()),
+        max_new_tokens=SHORT_RUN["MAX_NEW_TOKENS"],
+        temperature=0.7,
+        seed=42,
+    )
+    assert [answer["before"] for answer in results["answers"]] == answers
+    assert answers != [answer["after"] for answer in results["answers"]]
+
+
+def test_the_adapter_scores_what_the_results_say(short_run, rows):
+    model = AutoPeftModelForCausalLM.from_pretrained(short_run / "adapter", dtype=torch.float32)
+    tokenizer = script.AutoTokenizer.from_pretrained(short_run / "adapter")
+    results = read(short_run)
+    dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
+    scores = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
+    assert scores == pytest.approx(results["perplexity"]["after"], rel=1e-4)
+
+
+def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
+    adapter = AutoPeftModelForCausalLM.from_pretrained(short_run / "adapter", dtype=torch.float32).eval()
+    generator = pipeline("text-generation", model=str(short_run / "merged"), dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(generator.model(ids).logits, adapter(input_ids=ids).logits, atol=1e-3)
+    assert not list((short_run / "merged").glob("adapter*"))
+
+
+def test_the_model_cards_snippet_runs_as_printed(short_run, monkeypatch, capsys):
+    card = (short_run / "adapter" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    monkeypatch.chdir(short_run / "adapter")
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_report_can_be_written_again_and_hostile_text_stays_in_its_fence(short_run, tmp_path):
+    results = read(short_run)
+    script.write_report(results, tmp_path / "report.md")
+    assert (tmp_path / "report.md").read_text() == (short_run / "report.md").read_text()
+    results["answers"][0]["after"] = "````\n# Not a heading\n</details>"
+    script.write_report(results, tmp_path / "report.md")
+    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", (tmp_path / "report.md").read_text(), flags=re.S | re.M)
+    assert "Not a heading" not in outside and "## The five questions" in outside
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_run, monkeypatch, capsys):
+    set_constants(monkeypatch, short_run.parent, SAVE_MERGED=True)
+    times = {path: path.stat().st_mtime_ns for path in short_run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(script, "score_rows", None)  # nothing may be measured again
+    assert script.main() == short_run
+    assert "finished" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in short_run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(script, "SEED", 43)
+    with pytest.raises(TypeError):
+        script.main()
+    assert len(list(short_run.parent.iterdir())) == 2
+
+
+def test_the_same_seed_gives_the_same_results_on_the_same_machine(short_run, tmp_path, monkeypatch):
+    set_constants(monkeypatch, tmp_path)
+    again = script.main()
+    assert again.name == short_run.name
+    assert without_times(read(again)) == without_times(read(short_run))
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_losses(trainer_class, dtype, rows, **kwargs):
+    model, tokenizer = load_tiny()
+    encoded = script.encode(tokenizer, rows[0][:48], 256, end=tokenizer.eos_token)
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
+    config = SFTConfig(
+        output_dir="unused", max_steps=4, learning_rate=5e-3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        logging_steps=1, bf16=dtype == "bf16", use_cpu=True, gradient_checkpointing=False, report_to="none",
+        save_strategy="no", max_length=256, disable_tqdm=True,
+    )  # fmt: skip
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
+    trainer = trainer_class(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **kwargs
+    )
+    frozen = {name: p.clone() for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    adapters = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.equal(p, after[name]) for name, p in frozen.items())
+    assert not any(torch.equal(p, after[name]) for name, p in adapters.items())
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(rows, dtype, tolerance):
+    stock = train_losses(SFTTrainer, "fp32", rows)
+    ours = train_losses(script.LoRATrainer, dtype, rows, validate=None)
+    assert ours == pytest.approx(stock, rel=tolerance) and len(stock) == 4
+
+
+def test_labels_of_a_real_batch(tiny, rows):
+    tokenizer = tiny[1]
+    encoded = script.encode(tokenizer, rows[0][:8], 300, end=tokenizer.eos_token)
+    data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
+    config = SFTConfig(
+        output_dir="unused", use_cpu=True, bf16=False, report_to="none", max_length=300, per_device_train_batch_size=8
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)
+    trainer = script.LoRATrainer(
+        model=load_tiny()[0],
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora,
+        validate=None,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    cut = 0
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        n = int(mask.sum())
+        assert (labels[n:] == -100).all() and (labels[:n] == ids[:n]).all()
+        assert labels[:n].tolist().count(tokenizer.eos_token_id) == (0 if n == 300 else 1)
+        assert n == 300 or labels[n - 1] == tokenizer.eos_token_id
+        cut += n == 300
+    assert 0 < cut < 8
+
+
+def test_every_training_prompt_begins_with_the_ids_that_generation_uses(tiny, rows):
+    tokenizer = tiny[1]
+    for text in rows[0]:
+        question = re.search(r"<</SYS>> (.*?) \[/INST\]", text).group(1)
+        prompt = tokenizer(script.format_prompt(question))["input_ids"]
+        assert tokenizer(text)["input_ids"][: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("width", [1024, 1280, 1600, "llama"])
+def test_other_models_by_name_only(tmp_path, monkeypatch, width):
+    _, tokenizer = load_tiny()
+    size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
+    if width == "llama":
+        config = LlamaConfig(
+            **size,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = LlamaForCausalLM(config)
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(**size, n_embd=width, n_head={1024: 16, 1280: 20, 1600: 25}[width], n_layer=1)
+        )
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((TESTS / "medical_terms.jsonl").read_text().splitlines(keepends=True)[:24]))
+    set_constants(
+        monkeypatch,
+        tmp_path / "out",
+        MODEL_NAME=str(tmp_path / "model"),
+        DATASET_NAME=str(few),
+        MAX_STEPS=1,
+        MAX_LENGTH=64,
+        MAX_NEW_TOKENS=2,
+    )
+    assert read(script.main())["training"]["steps"] == 1
+
+
+# ---------------------------------------------------------------- interruptions
+
+KILL = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\nreal = script.{name}\n"
+MOMENTS = {
+    "after the baseline": ("write_json", "real(path, content); die() if 'before' in str(path) else None"),
+    "inside a checkpoint's writing": ("write_json", "die() if 'checkpoint-20' in str(path) else real(path, content)"),
+    "after training": ("write_json", "real(path, content); die() if 'training.json' in str(path) else None"),
+    "before the report": ("write_json", "real(path, content); die() if 'results.json' in str(path) else None"),
+}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(short_run, tmp_path):
+    for moment, (name, body) in MOMENTS.items():
+        patch = KILL.format(name=name) + f"def {name}(path, content):\n    {body}\nscript.{name} = {name}"
+        process = start(tmp_path / "out", before=patch)
+        process.communicate(timeout=120)
+        assert process.returncode == -signal.SIGKILL, moment
+    run = tmp_path / "out" / short_run.name
+    assert (run / "results.json").exists() and not (run / "report.md").exists()
+    process = start(tmp_path / "out", before="script.score_rows = None")
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert without_times(read(run)) == without_times(read(short_run))
+    for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
+        assert (run / name).exists()
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):
+    for step in (10, 20, 30):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_bytes(b"state" * 100)
+        if step < 30:
+            script.write_json(folder / "complete.json", {"optimizer.pt": script.digest(folder / "optimizer.pt")})
+    with open(tmp_path / "checkpoint-20" / "optimizer.pt", "r+b") as file:
+        file.truncate(100)
+    assert script.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
+    assert capsys.readouterr().out.count("passing it over") == 2
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_with_one_line(tmp_path, signal_number):
+    process = start(tmp_path / "out")
+    while "data:" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    time.sleep(1)
+    process.send_signal(signal_number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    last = error.splitlines()[-1]
+    assert last.startswith("interrupted: ") and "Traceback" not in error
+
+
+def test_a_full_disk_is_one_line_and_what_exists_stays(short_run, tmp_path, monkeypatch, capsys):
+    set_constants(monkeypatch, tmp_path)
+    real = script.write_text
+
+    def full(path, text):
+        if "before" not in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, text)
+
+    monkeypatch.setattr(script, "write_text", full)
+    monkeypatch.setattr(script, "EVAL_STEPS", 2)
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and "error: no space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("*/checkpoints/*.json")] == ["before.json"]
+
+
+def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    set_constants(monkeypatch, tmp_path, EVAL_STEPS=2)
+    real = script.LoRATrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            next(p for p in self.model.parameters() if p.requires_grad).data.fill_(float("nan"))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(script.LoRATrainer, "compute_loss", broken)
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and "the training loss is nan at step 4" in capsys.readouterr().err
+    assert script.newest_checkpoint(next(tmp_path.glob("*/checkpoints"))).name == "checkpoint-2"
+
+
+def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
+    lock = script.lock_run(tmp_path / "run")
+    code = "import sys, pathlib, finetune_medical_gpt2 as s\ntry: s.lock_run(pathlib.Path(sys.argv[1]))\nexcept s.InputError: sys.exit(7)"
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "run"], env=environment).returncode == 7
+    lock.release()
+
+
+def test_two_processes_give_the_figures_of_one(short_run, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731")
+    process = start(tmp_path / "out", launcher=launcher, GRADIENT_ACCUMULATION_STEPS=1)
+    output, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error[-2000:]
+    (run,) = (tmp_path / "out").iterdir()
+    one, two = read(short_run), read(run)
+    assert two["hardware"]["processes"] == 2 and output.count("wrote ") == 5
+    assert two["perplexity"]["before"] == pytest.approx(one["perplexity"]["before"], rel=1e-6)
+    assert two["perplexity"]["after"]["answer"] == pytest.approx(one["perplexity"]["after"]["answer"], rel=0.01)
