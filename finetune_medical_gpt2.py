@@ -941,7 +941,7 @@ def run_folder(cfg, model, train, test):
 def lock_run(run):
     """Make the run's folder, and keep other processes out of it as long as the lock that this returns lives."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run / "checkpoints" / ".lock")
+    lock = filelock.FileLock(run / "checkpoints" / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -961,8 +961,9 @@ def program(main):
             code, message = 2, f"error: {error}"
         except KeyboardInterrupt:
             code, message = 130, f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
-        except Exception as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(OUTPUT_DIR).free > 2**20:
+        except Exception as error:  # torch and safetensors don't pass the error number on
+            folder = next(path for path in Path(OUTPUT_DIR, "x").absolute().parents if path.is_dir())
+            if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
                 raise
             code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
         finally:

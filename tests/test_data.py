@@ -5,9 +5,10 @@ import json
 import shutil
 
 import datasets
-import finetune_medical_gpt2 as script
 import pytest
 from conftest import TESTS, set_constants
+
+import finetune_medical_gpt2 as script
 from finetune_medical_gpt2 import InputError, format_prompt, load_splits
 
 
@@ -69,19 +70,19 @@ def test_all_formats_give_the_same_rows(tmp_path):
 
 
 BAD_FILES = {
-    "wrong column": ("a.jsonl", '{"txt": "x"}\n', "needs a column `text`; it has txt"),
+    "wrong column": ("a.jsonl", '{"txt": "x"}\n', "no column `text`, only txt"),
     "not JSON": ("a.jsonl", f"{json.dumps({'text': row(1)})}\n\n{{'text': 1}}\n", "line 3: not JSON"),
     "not JSON in an array": ("a.json", '[{"text": "x"},\n{"text": oops}]', "line 2: not JSON"),
     "empty": ("a.jsonl", "", "is empty"),
-    "no rows": ("a.json", "[]", "needs a column `text`; it has none"),
+    "no rows": ("a.json", "[]", "no column `text`, only no rows"),
     "no text": ("a.jsonl", '{"text": 5}\n{"text": null}\n', "2 are no text with"),
     "no mark": ("a.jsonl", '{"text": "plain"}\n' * 9, "9 are no text with"),
     "only duplicates": ("a.jsonl", f"{json.dumps({'text': row(1)})}\n" * 9, "8 duplicates"),
     "parquet": ("a.parquet", "not parquet", "can't be read as parquet"),
-    "csv without column": ("a.csv", "a,b\n1,2\n", "needs a column `text`; it has a, b"),
+    "csv without column": ("a.csv", "a,b\n1,2\n", "no column `text`, only a, b"),
     "not gzip": ("a.jsonl.gz", "plain", "can't be read"),
-    "missing": ("b.jsonl", None, "there is no file"),
-    "other format": ("a.txt", "text", "no .jsonl, .json, .csv or .parquet"),
+    "missing": ("b.jsonl", None, "is no file"),
+    "other format": ("a.txt", "text", "is no .jsonl, .json, .csv or .parquet"),
 }
 
 
@@ -96,14 +97,16 @@ def test_bad_data_ends_with_one_line(tmp_path, monkeypatch, capsys, case):
 BAD_SETTINGS = [
     ("MODEL_NAME", "", None), ("MODEL_NAME", 5, None), ("DATASET_NAME", None, None), ("OFFLINE_FALLBACK", "yes", None),
     ("TEST_SIZE", 0, None), ("TEST_SIZE", 1.5, None), ("TEST_SIZE", float("nan"), None), ("MAX_LENGTH", 0, None),
-    ("MAX_LENGTH", 512.0, None), ("MAX_LENGTH", 100_000, "fit the context"), ("MAX_NEW_TOKENS", 5000, "fit the context"),
+    ("MAX_LENGTH", 512.0, None), ("MAX_LENGTH", 100_000, "must fit the context"),
+    ("MAX_NEW_TOKENS", 5000, "must fit the context"),
     ("SEED", -1, None), ("LORA_R", 0, None), ("LORA_R", True, None), ("LORA_ALPHA", 0, None), ("LORA_DROPOUT", 1, None),
     ("LORA_TARGET_MODULES", ["nothing_like_it"], "LORA_TARGET_MODULES"), ("LORA_TARGET_MODULES", [], None),
     ("LORA_TARGET_MODULES", ["lm_head"], "the LM head"), ("NUM_EPOCHS", 0, None), ("MAX_STEPS", 0, None),
     ("LEARNING_RATE", -1e-4, None), ("LEARNING_RATE", "1e-4", None), ("BATCH_SIZE", 0, None),
     ("GRADIENT_ACCUMULATION_STEPS", 0, None), ("WARMUP_RATIO", -0.1, None), ("MAX_GRAD_NORM", -1, None),
     ("LOGGING_STEPS", 0, None), ("EVAL_STEPS", 0.5, None), ("TRAIN_ON_PROMPT", 1, None), ("BASE_DROPOUT", 1.0, None),
-    ("QUESTIONS", {}, None), ("QUESTIONS", {"a": ""}, None), ("TEMPERATURE", -1, None), ("REPORT_TO", "nonesuch", "not installed"),
+    ("QUESTIONS", {}, None), ("QUESTIONS", {"a": ""}, None), ("TEMPERATURE", -1, None),
+    ("REPORT_TO", "nonesuch", "isn't installed"),
 ]  # fmt: skip
 
 
@@ -120,7 +123,7 @@ def expect_error(monkeypatch, capsys, tmp_path, message, **changes):
 
 @pytest.mark.parametrize("name, value, message", BAD_SETTINGS)
 def test_bad_settings_end_with_one_line(tmp_path, monkeypatch, capsys, name, value, message):
-    expect_error(monkeypatch, capsys, tmp_path, message or f"{name} = {value!r}: it must be", **{name: value})
+    expect_error(monkeypatch, capsys, tmp_path, message or f"{name} = {value!r}: must be", **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""main() as users run it: what it writes, that it learns, that it is honest about the base model, and that nothing is lost."""
+"""main() as users run it: what it writes, that it learns, that the baseline is honest, and that nothing gets lost."""
 
 import errno
 import json
@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import finetune_medical_gpt2 as script
 import pytest
 import torch
 from conftest import SHORT_RUN, TESTS, load_tiny, set_constants
@@ -18,6 +17,8 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, pipeline
 from trl import SFTConfig, SFTTrainer
+
+import finetune_medical_gpt2 as script
 
 
 def read(folder):
@@ -54,8 +55,8 @@ def test_every_file_is_there_and_says_what_the_contract_says(short_run):
     assert short_run.name.startswith("tiny_gpt2-")
     results = read(short_run)
     assert set(results) == {
-        "model", "model_revision", "dataset", "dataset_revision", "offline_fallback", "settings", "versions", "hardware",
-        "data", "perplexity", "training", "answers",
+        "model", "model_revision", "dataset", "dataset_revision", "offline_fallback", "settings", "versions",
+        "hardware", "data", "perplexity", "training", "answers",
     }  # fmt: skip
     assert set(results["perplexity"]["before"]) == {
         "full_text", "answer", "seed_protocol", "bits_per_byte", "tokens", "answer_tokens", "answer_ci95",
@@ -174,9 +175,9 @@ def train_losses(trainer_class, dtype, rows, **kwargs):
     encoded = script.encode(tokenizer, rows[0][:48], 256, end=tokenizer.eos_token)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
-        output_dir="unused", max_steps=4, learning_rate=5e-3, per_device_train_batch_size=4, gradient_accumulation_steps=2,
-        logging_steps=1, bf16=dtype == "bf16", use_cpu=True, gradient_checkpointing=False, report_to="none",
-        save_strategy="no", max_length=256, disable_tqdm=True,
+        output_dir="unused", max_steps=4, learning_rate=5e-3, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, logging_steps=1, bf16=dtype == "bf16", use_cpu=True,
+        gradient_checkpointing=False, report_to="none", save_strategy="no", max_length=256, disable_tqdm=True,
     )  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
     trainer = trainer_class(
@@ -356,7 +357,8 @@ def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path,
 
 def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
     lock = script.lock_run(tmp_path / "run")
-    code = "import sys, pathlib, finetune_medical_gpt2 as s\ntry: s.lock_run(pathlib.Path(sys.argv[1]))\nexcept s.InputError: sys.exit(7)"
+    code = "import sys, pathlib, finetune_medical_gpt2 as script\n"
+    code += "try: script.lock_run(pathlib.Path(sys.argv[1]))\nexcept script.InputError: sys.exit(7)"
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
     assert subprocess.run([sys.executable, "-c", code, tmp_path / "run"], env=environment).returncode == 7
     lock.release()

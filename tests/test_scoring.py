@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tiny
+
 from finetune_medical_gpt2 import (
     InputError,
     answer_stats,
@@ -30,7 +31,7 @@ def plain_nll(model, ids):
 
 
 def unigram_model(log_probs, offset=0.0):
-    """A tiny GPT-2 that gives every token the same known log-probability at every position; `offset` shifts all logits."""
+    """A tiny GPT-2 with the same known log-probabilities at every position; `offset` shifts all logits."""
     model, tokenizer = load_tiny()
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
