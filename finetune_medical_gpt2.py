@@ -202,7 +202,8 @@ def encode(tokenizer, texts, max_length, end=""):
         mark = text.find(ANSWER_MARK)
         begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text)
         first = next((i for i, (start, stop) in enumerate(offsets) if begin <= start < stop), len(ids))
-        encoded.append((ids, first, len(text[begin : max(offsets[-1][1], begin)].encode())))
+        covered = max((stop for _, stop in offsets), default=0)
+        encoded.append((ids, first, len(text[begin:covered].encode())))
     return encoded
 
 
@@ -415,6 +416,7 @@ class StepClock(TrainerCallback):
         control.should_log |= control.should_save or last
         overdue = time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES and args.world_size == 1
         control.should_save |= control.should_log and overdue
+        control.should_save &= not last  # the adapter is; and the Trainer resumes at its last step with one too many
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = time.monotonic()
@@ -915,8 +917,8 @@ def load_inputs(cfg):
         if offline and not is_local(name) and isinstance(error, OSError):
             raise LookupError(f"{name} is not in the cache") from error
         raise InputError(f"MODEL_NAME: {name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer with an end-of-sequence token")
+    if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
+        raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer (tokenizer.json) with an end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
     try:

@@ -25,6 +25,11 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def flat(scores):
+    """Perplexities as one list of numbers, for pytest.approx."""
+    return [x for value in scores.values() for x in (value if isinstance(value, list) else [value])]
+
+
 def without_times(results):
     """What two runs of the same command must share: everything but the times."""
     training = {k: v for k, v in results["training"].items() if k not in ("seconds", "tokens_per_second")}
@@ -98,7 +103,7 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
     results = read(short_run)
     dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
     fresh = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
-    assert results["perplexity"]["before"] == pytest.approx(fresh, rel=1e-6)
+    assert results["perplexity"]["before"] == fresh
     answers = script.generate_answers(
         model,
         tokenizer,
@@ -117,7 +122,7 @@ def test_the_adapter_scores_what_the_results_say(short_run, rows):
     results = read(short_run)
     dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
     scores = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
-    assert scores == pytest.approx(results["perplexity"]["after"], rel=1e-4)
+    assert flat(scores) == pytest.approx(flat(results["perplexity"]["after"]), rel=1e-3)
 
 
 def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
@@ -144,7 +149,7 @@ def test_a_report_can_be_written_again_and_hostile_text_stays_in_its_fence(short
     results["answers"][0]["after"] = "````\n# Not a heading\n</details>"
     script.write_report(results, tmp_path / "report.md")
     outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", (tmp_path / "report.md").read_text(), flags=re.S | re.M)
-    assert "Not a heading" not in outside and "## The five questions" in outside
+    assert "Not a heading" not in outside and "## The questions" in outside
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_run, monkeypatch, capsys):
@@ -201,10 +206,13 @@ def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(rows, dt
 
 def test_labels_of_a_real_batch(tiny, rows):
     tokenizer = tiny[1]
-    encoded = script.encode(tokenizer, rows[0][:8], 300, end=tokenizer.eos_token)
+    encoded = script.encode(tokenizer, rows[0][:8], 10_000, end=tokenizer.eos_token)
+    longest = sorted(len(ids) for ids, _, _ in encoded)[4]  # cuts some of the rows
+    encoded = script.encode(tokenizer, rows[0][:8], longest, end=tokenizer.eos_token)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
-        output_dir="unused", use_cpu=True, bf16=False, report_to="none", max_length=300, per_device_train_batch_size=8
+        output_dir="unused", use_cpu=True, bf16=False, report_to="none", max_length=longest,
+        per_device_train_batch_size=8,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)
     trainer = script.LoRATrainer(
@@ -220,9 +228,9 @@ def test_labels_of_a_real_batch(tiny, rows):
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         n = int(mask.sum())
         assert (labels[n:] == -100).all() and (labels[:n] == ids[:n]).all()
-        assert labels[:n].tolist().count(tokenizer.eos_token_id) == (0 if n == 300 else 1)
-        assert n == 300 or labels[n - 1] == tokenizer.eos_token_id
-        cut += n == 300
+        ended = labels[n - 1] == tokenizer.eos_token_id
+        assert labels[:n].tolist().count(tokenizer.eos_token_id) == ended and (ended or n == longest)
+        cut += not ended
     assert 0 < cut < 8
 
 
@@ -304,7 +312,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):
             script.write_json(folder / "complete.json", {"optimizer.pt": script.digest(folder / "optimizer.pt")})
     with open(tmp_path / "checkpoint-20" / "optimizer.pt", "r+b") as file:
         file.truncate(100)
-    assert script.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert script.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
     assert capsys.readouterr().out.count("passing it over") == 2
 
@@ -351,8 +359,8 @@ def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path,
     monkeypatch.setattr(script.LoRATrainer, "compute_loss", broken)
     with pytest.raises(SystemExit) as stop:
         script.main()
-    assert stop.value.code == 2 and "the training loss is nan at step 4" in capsys.readouterr().err
-    assert script.newest_checkpoint(next(tmp_path.glob("*/checkpoints"))).name == "checkpoint-2"
+    assert stop.value.code == 2 and "the training loss is not finite at step 4" in capsys.readouterr().err
+    assert script.newest_checkpoint(next(tmp_path.glob("*/checkpoints"))).endswith("checkpoint-2")
 
 
 def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
@@ -371,6 +379,6 @@ def test_two_processes_give_the_figures_of_one(short_run, tmp_path):
     assert process.returncode == 0, error[-2000:]
     (run,) = (tmp_path / "out").iterdir()
     one, two = read(short_run), read(run)
-    assert two["hardware"]["processes"] == 2 and output.count("wrote ") == 5
-    assert two["perplexity"]["before"] == pytest.approx(one["perplexity"]["before"], rel=1e-6)
+    assert two["hardware"]["processes"] == 2 and output.count("wrote ") == 1
+    assert flat(two["perplexity"]["before"]) == pytest.approx(flat(one["perplexity"]["before"]), rel=1e-3)
     assert two["perplexity"]["after"]["answer"] == pytest.approx(one["perplexity"]["after"]["answer"], rel=0.01)

