@@ -125,7 +125,7 @@ def format_prompt(question):
 
 
 def read_texts(source, revision=None):
-    """The `text` column of a Hub data set's train split or of a local file, uncleaned, and where it came from."""
+    """The `text` column of a Hub data set's train split or of a local file, uncleaned, and its commit."""
     path = Path(source)
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     try:
@@ -139,7 +139,8 @@ def read_texts(source, revision=None):
             rows = datasets.load_dataset(**which, revision=revision, split="train")
             if "text" not in rows.column_names:
                 raise InputError(f"DATASET_NAME: {source} has no column `text`, only {', '.join(rows.column_names)}")
-            return rows["text"][:], rows.info.download_checksums
+            found = re.search(r"\b[0-9a-f]{40}\b", rows.cache_files[0]["filename"])
+            return rows["text"][:], found and found.group()
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             content = file.read()
         is_array = content.lstrip().startswith("[")
@@ -165,10 +166,11 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     """Read, clean, shuffle and split a data set -> (train, test, stats).
 
     `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column `text`; train and test
-    are datasets with that column, stats the counts of rows. Duplicates go first, so that no row is on both sides.
+    are datasets with that column, and with the commit of a Hub data set as their info.description; stats are the counts
+    of rows. Duplicates go first, so that no row is on both sides.
     Raises InputError where there is nothing to train on.
     """
-    texts, origin = read_texts(source, revision)
+    texts, commit = read_texts(source, revision)
     sound = [text for text in texts if isinstance(text, str) and ANSWER_MARK in text]
     unique = list(dict.fromkeys(sound))
     kept = [x for x in unique if not drop_empty or x.split(ANSWER_MARK, 1)[1].replace(END_MARK, "").strip()]
@@ -182,7 +184,7 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
             f"{len(texts):,}; {stats['dropped_malformed']:,} are no text with {ANSWER_MARK}, "
             f"{stats['dropped_duplicate']:,} duplicates, {stats['dropped_empty']:,} have no answer"
         )
-    rows = datasets.Dataset.from_dict({"text": kept}, info=datasets.DatasetInfo(download_checksums=origin))
+    rows = datasets.Dataset.from_dict({"text": kept}, info=datasets.DatasetInfo(description=commit or ""))
     train, test = rows.train_test_split(test_size=test_size, seed=seed).values()
     return train, test, stats | {"train_rows": len(train), "test_rows": len(test)}
 
@@ -929,10 +931,16 @@ def load_inputs(cfg):
         raise InputError(f"DATASET_NAME: {cfg.DATASET_NAME} can't be loaded: {last_line(error)}") from error
 
 
-def run_folder(cfg, model, train, test):
+def model_commit(name, revision):
+    """The commit of a Hub model that has been loaded, None for a local folder."""
+    if is_local(name):
+        return None
+    return Path(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)).parent.name
+
+
+def run_folder(cfg, commit, train, test):
     """The run's folder, named after the model and a hash of all that its figures depend on."""
-    weights = getattr(model.config, "_commit_hash", None)
-    weights = weights or [digest(file) for file in sorted(Path(cfg.MODEL_NAME).glob("*.safetensors"))]
+    weights = commit or [digest(file) for file in sorted(Path(cfg.MODEL_NAME).glob("*.safetensors"))]
     ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
     identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
     identity |= {"weights": weights, "train": train["text"][:], "test": test["text"][:], "processes": process_rank()[1]}
@@ -1012,6 +1020,7 @@ def main():
         cfg.MODEL_NAME, cfg.DATASET_NAME = str(shipped / cfg.MODEL_NAME), str(shipped / cfg.DATASET_NAME)
         model, tokenizer, train, test, counts = load_inputs(cfg)
     set_offline(True)  # from here on nothing is fetched or sent
+    commit = model_commit(cfg.MODEL_NAME, cfg.MODEL_REVISION)
     model.to(device)
     say(
         f"data: {counts['rows']:,} rows; dropped {counts['dropped_empty']:,} without an answer, "
@@ -1030,7 +1039,7 @@ def main():
         )
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=cfg.LORA_R, lora_alpha=cfg.LORA_ALPHA, lora_dropout=cfg.LORA_DROPOUT,
-        target_modules=cfg.LORA_TARGET_MODULES, revision=getattr(model.config, "_commit_hash", None),
+        target_modules=cfg.LORA_TARGET_MODULES, revision=commit,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
     )  # fmt: skip
     try:
@@ -1043,7 +1052,7 @@ def main():
     trainable, total = shell.get_nb_trainable_parameters()
 
     # the run's folder: an interrupted run goes on in it, a finished one is left alone
-    run = run_folder(cfg, model, train, test)
+    run = run_folder(cfg, commit, train, test)
     lock = lock_run(run) if rank == 0 else None
     checkpoints, adapter = run / "checkpoints", run / "adapter"
     names = ["results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"]
@@ -1125,8 +1134,7 @@ def main():
 
     # the same two measurements, of the adapter as it was saved
     del model
-    revision = None if is_local(cfg.MODEL_NAME) else cfg.MODEL_REVISION
-    model = PeftModel.from_pretrained(load_model(cfg.MODEL_NAME, revision), str(adapter)).to(device)
+    model = PeftModel.from_pretrained(load_model(cfg.MODEL_NAME, commit), str(adapter)).to(device)
     after = measure(model, "after")
     if rank > 0:
         return run
@@ -1150,14 +1158,13 @@ def main():
             "before_stats": answer_stats(one, finished=one_ended), "after_stats": answer_stats(two, finished=two_ended),
             "reference": own,
         })  # fmt: skip
-    commit = re.search(r"@([0-9a-f]{40})/", " ".join(train.info.download_checksums or {}))
     if fallback:
         cfg.MODEL_NAME, cfg.DATASET_NAME = OFFLINE_SETTINGS["MODEL_NAME"], OFFLINE_SETTINGS["DATASET_NAME"]
     packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
     rows_before, rows_after = np.array(before["rows"]), np.array(after["rows"])
     results = {
-        "model": cfg.MODEL_NAME, "model_revision": getattr(model.config, "_commit_hash", None),
-        "dataset": cfg.DATASET_NAME, "dataset_revision": commit and commit.group(1), "offline_fallback": fallback,
+        "model": cfg.MODEL_NAME, "model_revision": commit, "dataset": cfg.DATASET_NAME,
+        "dataset_revision": train.info.description or None, "offline_fallback": fallback,
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
         "versions": {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in packages},
         "hardware": {"name": hardware_name, "device": device, "precision": precision, "processes": processes,

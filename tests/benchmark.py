@@ -219,7 +219,8 @@ def main():
         print("| rows | read, clean, split | training tokens/s | peak memory |\n|---|---|---|---|")
         for n in (500, 2000, 6000):
             result = in_own_process("measure_rows", n, args.steps)
-            print(f"| {n:,} | {result['seconds']:.1f} s | {result['rate']:,.0f} | {result['memory']:.1f} GiB |", flush=True)
+            cost = f"{result['seconds']:.1f} s | {result['rate']:,.0f} | {result['memory']:.1f} GiB"
+            print(f"| {n:,} | {cost} |", flush=True)
         return
     print("| training | tokens/s | ratio | peak memory | share of the bf16 matmul rate |\n|---|---|---|---|---|")
     rates = {}
