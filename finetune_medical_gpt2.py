@@ -46,6 +46,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
 # model and data
@@ -436,6 +437,9 @@ class LoRATrainer(SFTTrainer):
         self.own_loss = weight is not None
         if self.own_loss:  # as the model's forward, for autocast, DDP and PEFT to wrap it as they wrap any other
             base.forward = functools.partial(label_nll, base, weight)
+            for module in base.modules():  # what autocast would round anew in every forward pass
+                if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not base.get_output_embeddings():
+                    module.weight.data = module.weight.data.to(torch.float32 if module.weight.requires_grad else dtype)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
@@ -1119,7 +1123,10 @@ def main():
         trainer.train(resume_from_checkpoint=on_first(lambda: newest_checkpoint(checkpoints)))
         if rank == 0:
             state, seconds, left_out = trainer.state, trainer.clock.seconds, ("seconds", "num_input_tokens_seen")
-            history = [{k: v for k, v in entry.items() if k not in left_out} for entry in state.log_history]
+            history = [
+                {k: v for k, v in entry.items() if k not in left_out and math.isfinite(v)}  # fp16 may scale to infinity
+                for entry in state.log_history
+            ]
             summary = {
                 "steps": state.global_step, "tokens": state.num_input_tokens_seen, "seconds": seconds,
                 "tokens_per_second": state.num_input_tokens_seen / seconds, "trainable_parameters": trainable,

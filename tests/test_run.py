@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import signal
@@ -232,6 +233,24 @@ def test_labels_of_a_real_batch(tiny, rows):
         assert labels[:n].tolist().count(tokenizer.eos_token_id) == ended and (ended or n == longest)
         cut += not ended
     assert 0 < cut < 8
+
+
+def test_without_train_on_prompt_the_loss_sees_the_answers_only(tmp_path, monkeypatch, tiny):
+    set_constants(monkeypatch, tmp_path, TRAIN_ON_PROMPT=False, MAX_STEPS=1, MAX_NEW_TOKENS=1)
+    real, seen = script.LoRATrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, **kwargs):
+        seen.extend(zip(inputs["input_ids"], inputs["labels"], strict=True))
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(script.LoRATrainer, "compute_loss", compute_loss)
+    results = read(script.main())
+    assert len(seen) == 8
+    for ids, labels in seen:
+        assert tiny[1].decode(ids[labels == -100]).split("[/INST]")[1].replace(tiny[1].eos_token, "") == ""
+        assert "[/INST]" not in tiny[1].decode(ids[labels != -100]) and (labels != -100).sum() > 20
+    first = results["training"]["log_history"][0]["eval_loss"]
+    assert math.exp(first) == pytest.approx(results["perplexity"]["before"]["answer"])
 
 
 def test_every_training_prompt_begins_with_the_ids_that_generation_uses(tiny, rows):
