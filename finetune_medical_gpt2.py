@@ -103,6 +103,7 @@ OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as abov
 }  # fmt: skip
 CHECKPOINT_MINUTES = 2
 CHUNK = 512  # positions whose logits are in memory at a time
+SHAPE_STEP = 64  # lengths are padded to multiples: each new shape leaves a compiled kernel for good, on a CPU
 ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # an answer starts after the one and ends before the other
 PROMPT = (
     "<s> [INST] <<SYS>> You are a helpful, respectful, and honest assistant. Always answer as helpfully as possible, "
@@ -213,6 +214,11 @@ def encode(tokenizer, texts, max_length, end=""):
 # ---------------------------------------------------------------------------------------------------------- scoring
 
 
+def shape_step(max_length):
+    """What to pad lengths to a multiple of, so that rows cut at `max_length` never exceed it."""
+    return math.gcd(SHAPE_STEP, max_length)
+
+
 class ChunkedNLL(torch.autograd.Function):
     """Cross-entropy under a frozen LM head: hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,), fp32.
 
@@ -222,6 +228,8 @@ class ChunkedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
+        n, spare = len(hidden), -len(hidden) % SHAPE_STEP
+        hidden, labels = torch.nn.functional.pad(hidden, (0, 0, 0, spare)), torch.nn.functional.pad(labels, (0, spare))
         nll = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
@@ -232,6 +240,7 @@ class ChunkedNLL(torch.autograd.Function):
                 probs = log_probs.exp_()
                 probs.scatter_add_(1, labels[part, None], probs.new_full((len(probs), 1), -1.0))
                 grad[part] = probs.to(weight.dtype) @ weight
+        nll, grad = nll[:n], None if grad is None else grad[:n]
         ctx.save_for_backward(grad)
         return nll
 
@@ -250,7 +259,7 @@ def head_weight(base, dtype):
     with torch.no_grad():
         logits = type(base).forward(base, input_ids=ids).logits
         plain = base.base_model(input_ids=ids).last_hidden_state @ weight.T
-    if logits.shape != plain.shape or not torch.allclose(logits, plain, rtol=1e-3, atol=1e-3):
+    if logits.shape != plain.shape or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2):
         return None
     return weight if dtype == torch.float32 else (weight - weight.mean(0)).to(dtype)
 
@@ -276,24 +285,28 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training = base.training
-    weight = head_weight(base.eval(), dtype)
+    autocast = torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with autocast:
+        weight = head_weight(base.eval(), dtype)
     rows, (rank, processes), scored = encode(tokenizer, texts, max_length), process_rank(), []
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))[rank::processes]  # by length: little padding
     total, quiet = sum(len(rows[i][0]) for i in order), rank > 0 or not progress
     with tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False) as bar:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            ids = [torch.tensor(rows[i][0]) for i in part]
-            input_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(base.device)
-            labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100).to(base.device)
-            with torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                nll = label_nll(base, weight, input_ids, labels).double().cpu()
-            for i, row in zip(part, nll.split([len(x) - 1 for x in ids]), strict=True):
+            longest, step = len(rows[part[0]][0]), shape_step(max_length)
+            labels = torch.full((len(part), longest + -longest % step), -100)
+            for line, i in zip(labels, part, strict=True):
+                line[: len(rows[i][0])] = torch.tensor(rows[i][0])
+            labels = labels.to(base.device)
+            with autocast:
+                nll = label_nll(base, weight, labels.clamp(min=0), labels).double().cpu()
+            for i, row in zip(part, nll.split([len(rows[i][0]) - 1 for i in part]), strict=True):
                 if not row.isfinite().all():
                     raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
                 answer = row[max(rows[i][1] - 1, 0) :]
                 scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
-            bar.update(sum(map(len, ids)))
+            bar.update(sum(len(rows[i][0]) for i in part))
     base.train(was_training)
     if processes > 1:
         gathered = [None] * processes
@@ -1110,7 +1123,8 @@ def main():
             save_total_limit=2, report_to=cfg.REPORT_TO, include_num_input_tokens_seen="non_padding",
             use_cpu=device == "cpu", bf16=precision == "bf16", fp16=precision == "fp16",
             gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
-            dataloader_pin_memory=device == "cuda", ddp_find_unused_parameters=False,
+            pad_to_multiple_of=shape_step(cfg.MAX_LENGTH), dataloader_pin_memory=device == "cuda",
+            ddp_find_unused_parameters=False,
         )  # fmt: skip
 
         def validate(model):

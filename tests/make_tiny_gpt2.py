@@ -8,14 +8,14 @@
     python make_tiny_gpt2.py train                                  # 3. tokenizer and model -> tests/tiny_gpt2
     python make_tiny_gpt2.py show                                   # 4. what it writes
 
-Its text has two sources, and nothing medical is asked for in either:
+Its text has two sources, both general English:
 
 - WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences.
-  Dropped are the nouns of the body and every synset with a medical or a rude word (MEDICAL, RUDE).
+  It is the whole dictionary, so it defines diseases and organs too, in a line each; rude words (RUDE) are dropped.
 - What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet: explanations and
-  little stories, made the way TinyStories was. Dropped are lists, loops and texts with more than one medical word.
+  little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and loops are dropped.
 
-A quarter of the teacher's texts in each epoch comes as the answer to a question, in many plain forms, so that the model
+More than half of the teacher's texts in each epoch comes as the answer to a question, in many plain forms, so that the model
 knows that an answer follows a question. Intermediate files go to --work. `train` writes a checkpoint every 100 steps
 and goes on from it with --resume. Times, token counts and the held-out loss are in tiny_gpt2/README.md.
 """
@@ -123,8 +123,8 @@ def read_wordnet(folder):
             yield fields[1], name, lemmas, keys, definition, examples
 
 
-def is_general(text):
-    return text.isascii() and not MEDICAL.search(text) and not RUDE.search(text)
+def is_clean(text):
+    return text.isascii() and not RUDE.search(text)
 
 
 def with_article(lemma, kind):
@@ -144,11 +144,11 @@ def choose_subjects(folder):
         tagged[key] = (int(sense), int(count))
     subjects = []
     for lex, pos, lemmas, keys, definition, _ in read_wordnet(folder):
-        if pos != "noun" or lex not in SUBJECT_FILES or not is_general(definition):
+        if pos != "noun" or lex not in SUBJECT_FILES or not is_clean(definition) or MEDICAL.search(definition):
             continue
         for lemma, key in zip(lemmas, keys, strict=True):
             sense, count = tagged.get(key, (0, 0))
-            if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and is_general(lemma):
+            if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and not MEDICAL.search(lemma):
                 subjects.append((lemma, SUBJECT_FILES[lex][0], SUBJECT_FILES[lex][1] * min(count, 8) ** 0.5))
     return subjects
 
@@ -304,6 +304,7 @@ QUESTION_FORMS = [
     "[INST] {q} [/INST] {t}", "[INST] {s} {q} [/INST] {t}", "[INST] {s}\n\n{q} [/INST] {t}",
     "{s}\n\nQuestion: {q}\nAnswer: {t}",
     "User: {q}\nAssistant: {t}", "{s} {q} {t}",
+    *["<s> [INST] <<SYS>> {s} <</SYS>> {q} [/INST] {t} </s>", "[INST] <<SYS>>\n{s}\n<</SYS>>\n\n{q} [/INST] {t}"] * 4,
 ]  # fmt: skip
 REMARKS = [
     "You know a lot about the world and you enjoy sharing it.", "Use short sentences and common words.",
@@ -318,7 +319,7 @@ REMARKS = [
 
 
 def clean(answer):
-    """The teacher's text as plain sentences, or None where it is a list, loops, is not plain English or is medical."""
+    """The teacher's text as plain sentences, or None where it is a list, loops or is not plain English."""
     text, finished = answer["text"].strip(), answer["finished"]
     text = text.replace("\u2019", "'").replace("\u201c", '"').replace("\u201d", '"').replace("\u2014", " - ")
     text = re.sub(r"\*+", "", text)
@@ -344,13 +345,11 @@ def clean(answer):
     triples = list(zip(words, words[1:], words[2:], strict=False))
     if len(words) < 30 or len(set(triples)) < 0.8 * len(triples) or len(set(words)) < 0.35 * len(words):
         return None
-    if len(MEDICAL.findall(text)) > 1 or RUDE.search(text):
-        return None
-    return text
+    return None if RUDE.search(text) else text
 
 
 def ask(question, answer, rng):
-    remarks = " ".join(rng.sample(REMARKS, rng.choice((1, 2, 3, 5, 8))))
+    remarks = " ".join(rng.sample(REMARKS, rng.choice((1, 2, 5, 8, 12))))
     return rng.choice(QUESTION_FORMS).format(q=question, t=answer, s=remarks)
 
 
@@ -381,9 +380,9 @@ def wordnet_document(synset, rng):
         verb = "are" if name == lemma and lemma.endswith("s") and not lemma.endswith("ss") else "is"
         name = name[0].upper() + name[1:]
         if verb == "is":
-            forms += [f"{name} is {definition}."] * 6 + [
-                ask(f"What is {name[0].lower() + name[1:]}?", f"{name} is {definition}.", rng)
-            ]
+            question = rng.choice(("What is {x}?", "What is {x} and explain in detail?", "Explain what {x} is."))
+            question = question.format(x=name[0].lower() + name[1:])
+            forms += [f"{name} is {definition}."] * 6 + [ask(question, f"{name} is {definition}.", rng)] * 4
     elif pos == "noun" and article:
         forms += [f"{big} is {definition}."] * 2
     elif pos == "verb":
@@ -410,7 +409,7 @@ def read_sources(args):
     teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
     synsets = [
         s for s in read_wordnet(args.wordnet)
-        if s[0] != "08" and len(s[4]) > 8 and is_general(" ".join([*s[2], s[4], *s[5]]))
+        if len(s[4]) > 8 and is_clean(" ".join([*s[2], s[4], *s[5]]))
     ]  # fmt: skip
     print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
     sources = {}
@@ -473,7 +472,7 @@ def train(args):
     texts += [
         wordnet_document(s, rng) for s in rng.sample(sources["wordnet"][0], min(len(sources["wordnet"][0]), 40_000))
     ]
-    tokenizer = make_tokenizer(texts, args.vocabulary)
+    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(texts, args.vocabulary)
     # every epoch writes each teacher text anew (alone, or after some question) among another part of WordNet
     wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], {"teacher": 0, "wordnet": 0}
     unique = {n: sum(map(len, encode(tokenizer, [RENDER[n](x, rng) for x in s[0]]))) for n, s in sources.items()}
@@ -502,6 +501,8 @@ def train(args):
     )  # fmt: skip
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(config).train()
+    if args.init:
+        model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.init).state_dict())
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -621,6 +622,7 @@ def main():
     group.add_argument("--minutes", type=float, default=math.inf, help="end the schedule no later than this")
     group.add_argument("--lr", type=float, default=1.5e-3)
     group.add_argument("--dropout", type=float, default=0.0)
+    group.add_argument("--init", type=Path, help="start from this model and its tokenizer")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     group = parser.add_argument_group("show")
     group.add_argument("--prompt", action="append")
