@@ -11,6 +11,8 @@ where it was. Where the Hub can't be reached, the same pipeline runs on a tiny m
 None of what the models write is medical advice.
 """
 
+import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -220,10 +222,11 @@ def shape_step(max_length):
 
 
 class ChunkedNLL(torch.autograd.Function):
-    """Cross-entropy under a frozen LM head: hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,), fp32.
+    """Cross-entropy under a frozen LM head: hidden (n, d), weight (d, vocabulary), labels (n,) -> NLL (n,), fp32.
 
     CHUNK positions at a time, taking the gradient for `hidden` along: the logits of a whole batch, by far the largest
-    tensor in the training step of a small language model, never exist.
+    tensor in the training step of a small language model, never exist. On a CPU the softmax takes as few positions at a
+    time as keep all threads busy, for their fp32 logits to stay in the processor's cache.
     """
 
     @staticmethod
@@ -232,17 +235,20 @@ class ChunkedNLL(torch.autograd.Function):
         hidden, labels = torch.nn.functional.pad(hidden, (0, 0, 0, spare)), torch.nn.functional.pad(labels, (0, spare))
         nll = torch.empty(len(hidden), device=hidden.device)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        few = 4 * torch.get_num_threads() if hidden.device.type == "cpu" else CHUNK
         for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            log_probs = (hidden[part] @ weight.T).float().log_softmax(-1)
-            nll[part] = -log_probs.gather(1, labels[part, None])[:, 0]
+            logits = hidden[start : start + CHUNK] @ weight
+            for i, part in enumerate(logits.split(few)):
+                at = slice(start + i * few, start + i * few + len(part))
+                log_probs = part.float().log_softmax(-1)
+                nll[at] = -log_probs.gather(1, labels[at, None])[:, 0]
+                if grad is not None:
+                    probs = log_probs.exp_()
+                    part.copy_(probs.scatter_add_(1, labels[at, None], probs.new_full((len(part), 1), -1.0)))
             if grad is not None:
-                probs = log_probs.exp_()
-                probs.scatter_add_(1, labels[part, None], probs.new_full((len(probs), 1), -1.0))
-                grad[part] = probs.to(weight.dtype) @ weight
-        nll, grad = nll[:n], None if grad is None else grad[:n]
-        ctx.save_for_backward(grad)
-        return nll
+                grad[start : start + CHUNK] = logits @ weight.T
+        ctx.save_for_backward(None if grad is None else grad[:n])
+        return nll[:n]
 
     @staticmethod
     def backward(ctx, grad_nll):
@@ -250,7 +256,7 @@ class ChunkedNLL(torch.autograd.Function):
 
 
 def head_weight(base, dtype):
-    """The LM head (vocabulary, d) for ChunkedNLL, or None where logits are more than hidden states times a matrix.
+    """The LM head (d, vocabulary) for ChunkedNLL, or None where logits are more than hidden states times a matrix.
 
     In 16 bits it is centred over the vocabulary. That adds one number to all logits of a position, which no probability
     notices; but GPT-2's logits lie near -100, where bfloat16 has steps of a half.
@@ -261,53 +267,91 @@ def head_weight(base, dtype):
         plain = base.base_model(input_ids=ids).last_hidden_state @ weight.T
     if logits.shape != plain.shape or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2):
         return None
-    return weight if dtype == torch.float32 else (weight - weight.mean(0)).to(dtype)
+    return weight.T if dtype == torch.float32 else (weight - weight.mean(0)).T.to(dtype).contiguous()
 
 
-def label_nll(base, weight, input_ids, labels, **unused):
+def hold_weights(base, dtype, head=None):
+    """Hold the frozen weights in `dtype`, which autocast would round anew in every forward pass.
+
+    `head`: what `head_weight` gave, to be the LM head's own. Returns {module: weight}, to put them back.
+    """
+    if dtype == torch.float32:
+        return {}
+    layers = [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    kept = {module: module.weight for module in layers if not module.weight.requires_grad}
+    if head is None:
+        kept.pop(base.get_output_embeddings(), None)
+    for module, weight in kept.items():
+        held = head.T if module is base.get_output_embeddings() else weight.detach().to(dtype)
+        module.weight = torch.nn.Parameter(held, requires_grad=False)
+    return kept
+
+
+@contextlib.contextmanager
+def inference(model, dtype):
+    """Within: the model in evaluation mode, without gradients, under autocast to `dtype` -> (base model, LM head)."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    was_training = model.training
+    model.eval()
+    with torch.no_grad(), torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        head = head_weight(base, dtype)
+        kept = hold_weights(base, dtype, head)
+        try:
+            yield base, head
+        finally:
+            for module, weight in kept.items():
+                module.weight = weight
+            model.train(was_training)
+
+
+def label_nll(base, head, input_ids, labels, past=None, **unused):
     """NLL in nats of every label but the -100s, flat: the forward pass of scoring and of training.
 
     No padding mask: rows are padded on the right, where a causal model doesn't see it.
     """
     live, labels = labels[:, 1:] != -100, labels[:, 1:]
-    if weight is None:
-        logits = base(input_ids=input_ids, use_cache=False).logits[:, :-1]
+    if head is None:
+        logits = base(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
-    hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1]
-    return ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
+    hidden = base.base_model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).last_hidden_state
+    hidden = hidden[:, :-1]
+    return ChunkedNLL.apply(hidden[live].to(head.dtype), head, labels[live])
 
 
-@torch.no_grad()
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch.float32, progress=None):
     """Score every text once, shared out over the processes -> float64 array (len(texts), 5).
 
     Columns: NLL in nats and predicted tokens of the row, the same of its answer, UTF-8 bytes of the answer scored.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    was_training = base.training
-    autocast = torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32)
-    with autocast:
-        weight = head_weight(base.eval(), dtype)
     rows, (rank, processes), scored = encode(tokenizer, texts, max_length), process_rank(), []
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))[rank::processes]  # by length: little padding
     total, quiet = sum(len(rows[i][0]) for i in order), rank > 0 or not progress
-    with tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False) as bar:
+    bar = tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False)
+    common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt: computed once, kept as a cache
+    known = max(len(common) - 1, 0)  # the last common token is each row's own, to predict the first that differs
+    with bar, inference(model, dtype) as (base, head):
+        prompt, cache = torch.tensor([common], device=base.device), None
+        if known:
+            prompt_nll = label_nll(base, head, prompt, prompt).double().cpu()
+            cache = base.base_model(input_ids=prompt[:, :known], use_cache=True).past_key_values
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            longest, step = len(rows[part[0]][0]), shape_step(max_length)
-            labels = torch.full((len(part), longest + -longest % step), -100)
+            longest, step = len(rows[part[0]][0]) - known, shape_step(max_length)
+            labels = torch.full((len(part), min(longest + -longest % step, max_length - known)), -100)
             for line, i in zip(labels, part, strict=True):
-                line[: len(rows[i][0])] = torch.tensor(rows[i][0])
+                line[: len(rows[i][0]) - known] = torch.tensor(rows[i][0][known:])
             labels = labels.to(base.device)
-            with autocast:
-                nll = label_nll(base, weight, labels.clamp(min=0), labels).double().cpu()
-            for i, row in zip(part, nll.split([len(rows[i][0]) - 1 for i in part]), strict=True):
+            past = copy.deepcopy(cache)
+            if known:
+                past.batch_repeat_interleave(len(part))
+            nll = label_nll(base, head, labels.clamp(min=0), labels, past).double().cpu()
+            for i, row in zip(part, nll.split([len(rows[i][0]) - known - 1 for i in part]), strict=True):
+                row = torch.cat([prompt_nll, row]) if known else row
                 if not row.isfinite().all():
                     raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
                 answer = row[max(rows[i][1] - 1, 0) :]
                 scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
             bar.update(sum(len(rows[i][0]) for i in part))
-    base.train(was_training)
     if processes > 1:
         gathered = [None] * processes
         dist.all_gather_object(gathered, scored)
@@ -362,17 +406,20 @@ def paired_change(before, after):
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
-@torch.no_grad()
-def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed, with_finished=False):
+def generate_answers(
+    model, tokenizer, questions, *, max_new_tokens, temperature, seed, dtype=None, with_finished=False
+):
     """Ask all questions in one left-padded batch -> the answers, without prompts, cut at the first </s> or EOS.
 
-    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, in the model's own precision.
+    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, under autocast to `dtype`; None: bfloat16 where the
+    hardware is fast at it.
     `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
+    dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
     prompts = [format_prompt(question) for question in questions]
     inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
     width, eos = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
-    stops, was_training = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}, model.training
+    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     bar = tqdm(total=max_new_tokens, desc="  answering", unit=" tokens", leave=False)
 
     def ended(input_ids, scores, **unused):
@@ -381,13 +428,12 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
         return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
 
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
-    with torch.random.fork_rng(), bar:
+    with torch.random.fork_rng(), bar, inference(model, dtype):
         torch.manual_seed(seed)
-        output = model.eval().generate(
+        output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id, stopping_criteria=[ended], **sampling,
         )  # fmt: skip
-    model.train(was_training)
     answers = []
     for ids in output[:, width:].tolist():
         stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
@@ -446,13 +492,11 @@ class LoRATrainer(SFTTrainer):
         super().__init__(*args, callbacks=[self.clock], **kwargs)
         base = self.model.get_base_model().eval()
         dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        weight = None if base.device.type == "cuda" else head_weight(base, dtype)
-        self.own_loss = weight is not None
+        head = None if base.device.type == "cuda" else head_weight(base, dtype)
+        self.own_loss = head is not None
         if self.own_loss:  # as the model's forward, for autocast, DDP and PEFT to wrap it as they wrap any other
-            base.forward = functools.partial(label_nll, base, weight)
-            for module in base.modules():  # what autocast would round anew in every forward pass
-                if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not base.get_output_embeddings():
-                    module.weight.data = module.weight.data.to(torch.float32 if module.weight.requires_grad else dtype)
+            base.forward = functools.partial(label_nll, base, head)
+            hold_weights(base, dtype)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
@@ -835,6 +879,14 @@ def check_settings(cfg):
         raise InputError(f"{launched} processes that don't know of each other: start them with torchrun")
 
 
+def has_bf16(device):
+    """Whether the hardware multiplies matrices in bfloat16; where it only emulates that, fp32 is faster."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+
+
 def choose_hardware():
     """(device, precision, name) of this machine; on a CPU also its threads and allocator."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -842,8 +894,7 @@ def choose_hardware():
         count = torch.cuda.device_count()
         if count > processes == 1:
             raise InputError(f"{count} GPUs: use torchrun --nproc_per_node={count}, or one with CUDA_VISIBLE_DEVICES=0")
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "cuda", precision, torch.cuda.get_device_name()
+        return "cuda", "bf16" if has_bf16("cuda") else "fp16", torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
         return "mps", "fp32", "Apple GPU"
     if platform.libc_ver()[0] == "glibc":  # half of a step is the mapping of fresh pages, unless freed ones are kept
@@ -851,9 +902,7 @@ def choose_hardware():
             ctypes.CDLL(None).mallopt(parameter, value)
     if processes > 1:  # torchrun sets one thread
         torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")  # without, bf16 is slower than fp32
-    return "cpu", "bf16" if has_bf16 else "fp32", cpu.get("cpu_name") or platform.machine()
+    return "cpu", "bf16" if has_bf16("cpu") else "fp32", torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
 
 
 def needs_checkpointing(model, batch_size, length):
@@ -917,7 +966,7 @@ def load_model(name, revision=None, *, dropout=None):
         if value == "gelu_new":
             setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-    return AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **kwargs).requires_grad_(False)
 
 
 def load_inputs(cfg):
@@ -1093,8 +1142,9 @@ def main():
             kwargs = {"max_length": cfg.MAX_LENGTH, "dtype": dtype}
             rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **kwargs)
             own = score_rows(model, tokenizer, [text for _, text in articles.values()], **kwargs)
-            kwargs = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
-            answers = on_first(lambda: generate_answers(model, tokenizer, questions, with_finished=True, **kwargs))
+            asked = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
+            asked |= {"dtype": dtype, "with_finished": True}
+            answers = on_first(lambda: generate_answers(model, tokenizer, questions, **asked))
             measured = {"rows": rows.tolist(), "articles": own.tolist(), "answers": answers}
             on_first(lambda: write_json(path, measured))
             perplexity, took = summarize_scores(rows)["answer"] or math.nan, time.monotonic() - began

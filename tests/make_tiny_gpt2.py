@@ -15,9 +15,10 @@ Its text has two sources, both general English:
 - What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet: explanations and
   little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and loops are dropped.
 
-More than half of the teacher's texts in each epoch comes as the answer to a question, in many plain forms, so that the model
-knows that an answer follows a question. Intermediate files go to --work. `train` writes a checkpoint every 100 steps
-and goes on from it with --resume. Times, token counts and the held-out loss are in tiny_gpt2/README.md.
+More than half of the teacher's texts in each epoch comes as the answer to a question, in many forms, chat templates
+among them, so that the model knows that an answer follows a question. Intermediate files go to --work. `train` writes
+a checkpoint every 100 steps and goes on from it with --resume. Times, token counts and the held-out loss are in
+tiny_gpt2/README.md.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load_tiny
+from conftest import load_tiny, script
 
 from finetune_medical_gpt2 import (
     InputError,
@@ -70,9 +70,15 @@ def test_known_logits_give_the_perplexity_computed_by_hand(dtype, offset, tolera
     assert scores["bits_per_byte"] == pytest.approx(answer_nll / math.log(2) / len(answer.encode()), rel=tolerance)
 
 
-def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows):
+@pytest.mark.parametrize("kind", ["one system prompt", "nothing in common", "one begins the others"])
+def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows, kind):
     model, tokenizer = tiny
     texts = rows[1][:11]
+    if kind == "nothing in common":
+        texts.append("What is Water? [/INST] It is wet. </s>")
+    if kind == "one begins the others":  # what the rows share is computed once: here that is a whole row
+        texts.append(texts[0][: texts[0].index("[/INST]") + 40])
+        texts = [texts[0], texts[-1]]
     nll, answer_nll, means, tokens, answer_tokens = [], [], [], 0, 0
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=300)["input_ids"]
@@ -97,6 +103,20 @@ def test_bfloat16_scores_are_those_of_float32(tiny, rows):
     rounded = evaluate_perplexity(model, tokenizer, rows[1], max_length=384, dtype=torch.bfloat16)
     for kind in SCORES:
         assert rounded[kind] == pytest.approx(exact[kind], rel=0.01)
+
+
+def test_scoring_and_asking_leave_the_model_as_it_was(tiny, rows):
+    model, tokenizer = tiny
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    head = model.get_output_embeddings().weight
+    score_rows(model, tokenizer, rows[1][:3], max_length=200, dtype=torch.bfloat16)
+    asked = {"max_new_tokens": 2, "temperature": 0, "seed": 0}
+    generate_answers(model, tokenizer, ["What is Water?"], dtype=torch.bfloat16, **asked)
+    with pytest.raises(ZeroDivisionError), script.inference(model, torch.bfloat16):
+        _ = 1 / 0
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
+    assert model.get_output_embeddings().weight is head is model.get_input_embeddings().weight
 
 
 def test_the_reference_protocol_is_the_first_hundred_rows(tiny, rows):
