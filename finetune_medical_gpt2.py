@@ -34,6 +34,10 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":  # the imports below take seconds, and would answer Ctrl-C with a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: (sys.stderr.write("interrupted: nothing was done yet\n"), os._exit(130)))
+
 import datasets
 import filelock
 import huggingface_hub
@@ -104,7 +108,7 @@ OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as abov
     "NUM_EPOCHS": 6, "LEARNING_RATE": 5e-3, "EVAL_STEPS": 20,
 }  # fmt: skip
 CHECKPOINT_MINUTES = 2
-CHUNK = 512  # positions whose logits are in memory at a time
+CHUNK = 1024  # positions whose logits are in memory at a time
 SHAPE_STEP = 64  # lengths are padded to multiples: each new shape leaves a compiled kernel for good, on a CPU
 ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # an answer starts after the one and ends before the other
 PROMPT = (
@@ -327,13 +331,14 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))[rank::processes]  # by length: little padding
     total, quiet = sum(len(rows[i][0]) for i in order), rank > 0 or not progress
     bar = tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False)
-    common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt: computed once, kept as a cache
-    known = max(len(common) - 1, 0)  # the last common token is each row's own, to predict the first that differs
+    common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt is run once, and then cached
+    known = max(len(common) - 1, 0)  # all but its last token, which is to predict the first one that differs
     with bar, inference(model, dtype) as (base, head):
         prompt, cache = torch.tensor([common], device=base.device), None
         if known:
             prompt_nll = label_nll(base, head, prompt, prompt).double().cpu()
-            cache = base.base_model(input_ids=prompt[:, :known], use_cache=True).past_key_values
+            cache = base.base_model(input_ids=prompt[:, :known], use_cache=True).get("past_key_values")
+            known *= cache is not None  # a model without attention has none
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             longest, step = len(rows[part[0]][0]) - known, shape_step(max_length)
@@ -411,8 +416,8 @@ def generate_answers(
 ):
     """Ask all questions in one left-padded batch -> the answers, without prompts, cut at the first </s> or EOS.
 
-    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, under autocast to `dtype`; None: bfloat16 where the
-    hardware is fast at it.
+    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, under autocast to `dtype`; None: bfloat16
+    where the hardware has it.
     `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
     dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
@@ -902,7 +907,8 @@ def choose_hardware():
             ctypes.CDLL(None).mallopt(parameter, value)
     if processes > 1:  # torchrun sets one thread
         torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    return "cpu", "bf16" if has_bf16("cpu") else "fp32", torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return "cpu", "bf16" if has_bf16("cpu") else "fp32", name
 
 
 def needs_checkpointing(model, batch_size, length):
@@ -1266,5 +1272,6 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm and spot machines end a job so
+    for number in (signal.SIGINT, signal.SIGTERM):  # the latter is how Slurm and spot machines end a job
+        signal.signal(number, signal.default_int_handler)
     main()

@@ -1,7 +1,7 @@
 """How fast, and with how much memory, against the reference recipe: GPT-2 124M, random weights, no network.
 
     python tests/benchmark.py             # training, scoring, generation; about 10 minutes on 2 cores
-    python tests/benchmark.py --pieces    # also what every single measure gives
+    python tests/benchmark.py --pieces    # what every single measure gives
     python tests/benchmark.py --rows      # cost over the size of the data set
 
 Every line is a process of its own. Tokens are real ones, not padding; training counts the optimizer steps after the
@@ -226,24 +226,27 @@ def main():
         return
     print("| training | tokens/s | ratio | peak memory | share of the bf16 matmul rate |\n|---|---|---|---|---|")
     rates = {}
-    for label, variant in (TRAINING | (PIECES if args.pieces else {})).items():
+    reference = "reference recipe (fp32, stock SFTTrainer)"
+    for label, variant in ({reference: set()} | PIECES if args.pieces else TRAINING).items():
         result = in_own_process("measure_training", variant, args.steps)
         rates[label] = rate = result["rate"]
         # a LoRA step: forward and the gradient of the activations, none of the weights; attention left out
         share = 4 * MATMUL_PARAMETERS * rate / 1e9 / matmul["torch.bfloat16"]
-        ratio = rate / rates["reference recipe (fp32, stock SFTTrainer)"]
+        ratio = rate / rates[reference]
         print(f"| {label} | {rate:,.0f} | {ratio:.1f} | {result['memory']:.1f} GiB | {share:.0%} |", flush=True)
+    if args.pieces:
+        return
     print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
     scoring, asking = ([in_own_process(*call) for call in calls] for calls in (
-        (("measure_scoring", False, 24), ("measure_scoring", True, 96)),
-        (("measure_generation", False, 60), ("measure_generation", True, 60)),
+        (("measure_scoring", False, 24), ("measure_scoring", True, 192)),
+        (("measure_generation", False, 250), ("measure_generation", True, 250)),
     ))  # fmt: skip
     for label, (slow, fast) in (("scoring held-out rows", scoring), ("five answers", asking)):
         print(f"| {label}, the reference's way | {slow['rate']:,.0f} | 1.0 |")
         print(f"| {label}, ours | {fast['rate']:,.0f} | {fast['rate'] / slow['rate']:.1f} |")
     tokens = sum(min(512, 105 + n) for n in ANSWER_TOKENS) / len(ANSWER_TOKENS)  # of a row, roughly
     print("\nThe whole job (386 steps of 16 rows, 3 validations of 687 rows, perplexity twice, 10 answers), projected:")
-    for i, (label, scored) in enumerate((("reference recipe (fp32, stock SFTTrainer)", 2 * 100), ("ours", 2 * 687))):
+    for i, (label, scored) in enumerate(((reference, 2 * 100), ("ours", 2 * 687))):
         seconds = 386 * 16 * tokens / rates[label] + 2500 / asking[i]["rate"]
         seconds += (3 * 687 + scored) * tokens / scoring[i]["rate"]
         print(f"- {label}, perplexity of {scored // 2} rows: {seconds / 3600:.1f} hours")

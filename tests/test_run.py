@@ -349,6 +349,15 @@ def test_ctrl_c_and_sigterm_end_with_one_line(tmp_path, signal_number):
     assert last.startswith("interrupted: ") and "Traceback" not in error
 
 
+def test_ctrl_c_during_the_imports_is_one_line():
+    command = [sys.executable, str(TESTS.parent / "finetune_medical_gpt2.py")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error == "interrupted: nothing was done yet\n"
+
+
 def test_a_full_disk_is_one_line_and_what_exists_stays(short_run, tmp_path, monkeypatch, capsys):
     set_constants(monkeypatch, tmp_path)
     real = script.write_text
