@@ -105,7 +105,7 @@ SETTINGS = [name for name in globals() if name.isupper()]
 OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
     "MODEL_NAME": "tests/tiny_gpt2", "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
-    "NUM_EPOCHS": 6, "LEARNING_RATE": 5e-3, "EVAL_STEPS": 20,
+    "NUM_EPOCHS": 4, "LEARNING_RATE": 4e-3, "EVAL_STEPS": 20,
 }  # fmt: skip
 CHECKPOINT_MINUTES = 2
 CHUNK = 1024  # positions whose logits are in memory at a time
@@ -750,7 +750,8 @@ def write_model_card(results, path):
     dataset = {"dataset_type": results["dataset"], "dataset_name": names["dataset"], "dataset_split": "test"}
     metadata = huggingface_hub.ModelCardData(
         model_name=f"{names['model']}-medical-lora", language="en", library_name="peft", tags=["lora", "sft", "trl"],
-        license="mit" if "gpt2" in results["model"] else "other", pipeline_tag="text-generation",
+        license="mit" if re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", results["model"]) else "other",
+        pipeline_tag="text-generation",
         base_model=results["model"] if results["model_revision"] else None,
         datasets=[results["dataset"]] if results["dataset_revision"] else None,
         eval_results=[
