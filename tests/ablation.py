@@ -55,20 +55,24 @@ def main():
     script.score_rows = score_base_once
     print("| | answer perplexity | 95 % interval | full text | trainable parameters | tokens | training time |")
     print("|---" * 7 + "|")
-    cost = None
+    lines = 0
     for name, changes in VARIANTS.items():
         if args.only not in name:
             continue
         vars(script).update(defaults | common | changes)
         with contextlib.redirect_stdout(sys.stderr):
             results = json.loads((script.main() / "results.json").read_text())
-        for label, when in ((("untouched model", "before"),) if cost is None else ()) + ((name, "after"),):
-            scores, training = results["perplexity"][when], results["training"]
-            low, high = scores["answer_ci95"]
-            cost = f"{training['trainable_parameters']:,} | {training['tokens']:,} | {training['seconds']:,.0f} s"
-            cost = cost if when == "after" else "– | – | –"
-            shown = f"{scores['answer']:.2f} | {low:.2f} to {high:.2f} | {scores['full_text']:.2f}"
-            print(f"| {label} | {shown} | {cost} |", flush=True)
+        if not lines:
+            print(table_line("untouched model", results["perplexity"]["before"], "– | – | –"))
+        training = results["training"]
+        cost = f"{training['trainable_parameters']:,} | {training['tokens']:,} | {training['seconds']:,.0f} s"
+        print(table_line(name, results["perplexity"]["after"], cost), flush=True)
+        lines += 1
+
+
+def table_line(name, scores, cost):
+    low, high = scores["answer_ci95"]
+    return f"| {name} | {scores['answer']:.2f} | {low:.2f} to {high:.2f} | {scores['full_text']:.2f} | {cost} |"
 
 
 if __name__ == "__main__":

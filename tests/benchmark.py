@@ -141,13 +141,12 @@ def measure_scoring(ours, rows):
 
 
 def measure_generation(ours, new_tokens):
-    device, precision, _ = script.choose_hardware() if ours else ("cuda" if torch.cuda.is_available() else "cpu", 0, 0)
+    device = script.choose_hardware()[0] if ours else ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, model = make_tokenizer(), make_model(TRAINING["ours"] if ours else set()).to(device).eval()
     questions = ["What is this ?"] * 5
     began = time.perf_counter()
     if ours:
         asked = {"max_new_tokens": new_tokens, "temperature": 0.7, "seed": 0}
-        asked["dtype"] = torch.bfloat16 if precision == "bf16" else torch.float32
         script.generate_answers(model, tokenizer, questions, **asked)
     else:
         for question in questions:
