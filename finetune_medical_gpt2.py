@@ -287,6 +287,7 @@ def hold_weights(base, dtype, head=None):
         kept.pop(base.get_output_embeddings(), None)
     for module, weight in kept.items():
         held = head.T if module is base.get_output_embeddings() else weight.detach().to(dtype)
+        held = held.T.contiguous().T if isinstance(module, Conv1D) else held  # in memory as (out, in), as Linear's are
         module.weight = torch.nn.Parameter(held, requires_grad=False)
     return kept
 
@@ -411,6 +412,30 @@ def paired_change(before, after):
 # ---------------------------------------------------------------------------------------------------------- answers
 
 
+@contextlib.contextmanager
+def weights_first(base):
+    """Within: frozen 16-bit layers compute (W x^T)^T for x W^T where x has few rows, as in a decoding step.
+
+    On a CPU the right-hand matrix is reordered in every call: let it be the small one.
+    """
+    layers = [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    layers = [x for x in layers if x.weight.dtype == torch.bfloat16 and x.weight.device.type == "cpu"]
+
+    def forward(layer, weight, x):
+        rows = x.flatten(0, -2)
+        if len(rows) > 64:
+            return type(layer).forward(layer, x)
+        y = weight @ rows.T if layer.bias is None else torch.addmm(layer.bias[:, None], weight, rows.T)
+        return y.T.contiguous().unflatten(0, x.shape[:-1])
+
+    for layer in layers:
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        layer.forward = functools.partial(forward, layer, weight.contiguous())
+    yield
+    for layer in layers:
+        del layer.forward
+
+
 def generate_answers(
     model, tokenizer, questions, *, max_new_tokens, temperature, seed, dtype=None, with_finished=False
 ):
@@ -432,12 +457,17 @@ def generate_answers(
         tails = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - 8) :])
         return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
 
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature else {"do_sample": False}
-    with torch.random.fork_rng(), bar, inference(model, dtype):
+    def draw(input_ids, scores):  # leaves the token drawn; `generate` would draw among the whole vocabulary
+        top, ids = scores.float().topk(min(50, scores.shape[-1]))
+        drawn = ids.gather(1, (top / temperature).softmax(-1).multinomial(1))
+        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+
+    with torch.random.fork_rng(), bar, inference(model, dtype) as (base, _), weights_first(base):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, stopping_criteria=[ended], **sampling,
+            pad_token_id=tokenizer.pad_token_id, stopping_criteria=[ended], do_sample=False,
+            logits_processor=[draw] * bool(temperature),
         )  # fmt: skip
     answers = []
     for ids in output[:, width:].tolist():

@@ -237,7 +237,7 @@ def main():
         return
     print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
     scoring, asking = ([in_own_process(*call) for call in calls] for calls in (
-        (("measure_scoring", False, 24), ("measure_scoring", True, 192)),
+        (("measure_scoring", False, 48), ("measure_scoring", True, 687)),
         (("measure_generation", False, 250), ("measure_generation", True, 250)),
     ))  # fmt: skip
     for label, (slow, fast) in (("scoring held-out rows", scoring), ("five answers", asking)):

@@ -30,6 +30,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +109,21 @@ def tune_malloc():
 
 
 # --- WordNet ------------------------------------------------------------------------------------------------------
+class Synset(NamedTuple):
+    """One meaning: `lex` is the lexicographer file, `id` part of speech + offset, `links` {relation: ids}."""
+
+    lex: str
+    pos: str
+    lemmas: list
+    keys: list
+    definition: str
+    examples: list
+    id: str
+    links: dict
+
+
 def read_wordnet(folder):
-    """Yield (lexicographer file, part of speech, lemmas, sense keys, definition, examples) for every synset."""
+    """Yield every Synset."""
     for name in ("noun", "verb", "adj", "adv"):
         for line in (folder / f"data.{name}").read_text(encoding="ascii").splitlines():
             if line.startswith("  "):  # the licence at the top
@@ -119,9 +133,14 @@ def read_wordnet(folder):
             words = [fields[4 + 2 * i] for i in range(int(fields[3], 16))]
             keys = [f"{w.lower()}%1:{fields[1]}:{int(fields[5 + 2 * i], 16):02d}::" for i, w in enumerate(words)]
             lemmas = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in words]
-            examples = [e.strip() for e in re.findall(r'"([^"]+)"', gloss)]
+            examples = [e.strip(" .;,") for e in re.findall(r'"([^"]+)"', gloss) if e.strip(" .;,")]
             definition = re.sub(r"\s+", " ", gloss.split('"')[0]).strip(" ;:,")
-            yield fields[1], name, lemmas, keys, definition, examples
+            definition = re.sub(r"^\([^)]*\) ?", "", definition)
+            pointers, links = fields[5 + 2 * len(words) :], {}
+            for symbol, offset, pos in zip(pointers[0::4], pointers[1::4], pointers[2::4], strict=False):
+                links.setdefault(symbol, []).append(pos + offset)
+            number = fields[2].replace("s", "a") + fields[0]
+            yield Synset(fields[1], name, lemmas, keys, definition, examples, number, links)
 
 
 def is_clean(text):
@@ -144,13 +163,13 @@ def choose_subjects(folder):
         key, sense, count = line.split()
         tagged[key] = (int(sense), int(count))
     subjects = []
-    for lex, pos, lemmas, keys, definition, _ in read_wordnet(folder):
-        if pos != "noun" or lex not in SUBJECT_FILES or not is_clean(definition) or MEDICAL.search(definition):
+    for x in read_wordnet(folder):
+        if x.pos != "noun" or x.lex not in SUBJECT_FILES or not is_clean(x.definition) or MEDICAL.search(x.definition):
             continue
-        for lemma, key in zip(lemmas, keys, strict=True):
+        for lemma, key in zip(x.lemmas, x.keys, strict=True):
             sense, count = tagged.get(key, (0, 0))
             if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and not MEDICAL.search(lemma):
-                subjects.append((lemma, SUBJECT_FILES[lex][0], SUBJECT_FILES[lex][1] * min(count, 8) ** 0.5))
+                subjects.append((lemma, SUBJECT_FILES[x.lex][0], SUBJECT_FILES[x.lex][1] * min(count, 8) ** 0.5))
     return subjects
 
 
@@ -369,8 +388,7 @@ def teacher_document(answer, rng, question_share=0.6):
 
 def wordnet_document(synset, rng):
     """A synset's definition as one or two sentences, with an example if there is one."""
-    lex, pos, lemmas, _, definition, examples = synset
-    definition = re.sub(r"^\([^)]*\) ?", "", definition)
+    lex, pos, lemmas, _, definition, examples, *_ = synset
     lemma = rng.choice(lemmas)
     big = lemma[0].upper() + lemma[1:]
     article = re.match(r"(a|an|the|any|one|someone|something) ", definition)
@@ -396,11 +414,131 @@ def wordnet_document(synset, rng):
         other = rng.choice(others)
         text += rng.choice([f" Another word for {lemma} is {other}.", f" {big} means the same as {other}."])
     if examples:
-        example = rng.choice(examples).rstrip(".")
+        example = rng.choice(examples)
         text += rng.choice(
             [f' Example: "{example}".', f' For example, one says "{example}".', f" {example[0].upper()}{example[1:]}."]
         )
     return text
+
+
+BARE = ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "shape")
+ASPECTS = {  # relation in WordNet -> what a question may call it, and what a sentence says of it
+    "@": (
+        ["nature", "meaning"],
+        ["{It} is a kind of {x}, and {a} is {d}.", "Like every {x}, {it} is {d}.", "{It} is {a}: {d}."],
+    ),
+    "~": (
+        ["kinds", "forms", "types"],
+        ["One kind is {a}, {d}.", "A well-known kind of {n} is {a}, which is {d}.", "{A} is one of its kinds: {d}."],
+    ),
+    "%p": (
+        ["parts", "structure", "build"],
+        ["{It} has {a}, {d}.", "A main part of {it} is the {x}, {d}.", "One of its parts is the {x}, which is {d}."],
+    ),
+    "%s": (["material", "substance"], ["It consists mostly of {x}, {d}.", "It is made with {x}, which is {d}."]),
+    "#p": (["place", "role"], ["{It} is a part of the {x}, {d}.", "It belongs to the {x}, which is {d}."]),
+    "#m": (["family", "group"], ["{It} belongs to the group {x}, {d}.", "It is a member of the {x}, {d}."]),
+    "sister": (
+        ["relatives", "differences"],
+        [
+            "A close relative is {a}, {d}.", "It should not be confused with {a}, which is {d}.",
+            "{A} is similar: {d}.", "Another {h} is {a}, {d}.", "Unlike {it}, {a} is {d}.",
+            "People also know {a}, {d}.",
+        ],
+    ),
+    "!": (["opposite"], ["The opposite of {n} is {x}, {d}."]),
+}  # fmt: skip
+ARTICLE_QUESTIONS = [
+    "What is {a}?", "What is {a} and explain in detail?", "What are the {p} and {q} of {a}?",
+    "Explain the {p} and {q} of {a}.", "Explain the {p}, {q}, and {r} of {a}.",
+    "Describe the {p}, {q}, and {r} of {a}.", "Describe the {p} and the {q} of {a}.",
+    "What is {a}, and what about its {p}?", "What is {a}, and how does it matter?",
+    "What are the {p} and {q} for {a}?", "Tell me about the {p} of {a}.",
+]  # fmt: skip
+
+
+class Dictionary:
+    """WordNet's nouns as short articles, from its relations: what a thing is, its kinds, parts and relatives.
+
+    Not of medical ones: they get the one line that the dictionary has.
+    """
+
+    def __init__(self, synsets):
+        self.synsets = {x.id: x for x in synsets if x.pos == "noun" and not MEDICAL.search(x.definition)}
+
+    def name(self, synset, lemma):
+        """'bicycle' -> 'a bicycle'; 'bread' and names stay bare."""
+        countable = re.match(r"(a|an|any|one|someone|something) ", self.define(synset))
+        kind = SUBJECT_FILES.get(synset.lex, ("thing", 1))[0]
+        return lemma if kind in BARE or not countable else with_article(lemma, "")
+
+    def define(self, synset):
+        """The definition without brackets, and with the article that WordNet often leaves out of living things'."""
+        text = re.sub(r" ?\([^)]*\)", "", synset.definition).strip(" ;,")
+        head = re.split(r"[,;]| (?:of|with|in|having|that|which|who|used|for|from|on|to|by|at|or|and)\b", text)[0]
+        bare = not re.match(r"(an?|any|one|some\w*|the|[A-Z]\w*|genus|family|type|all|two|several) ", text)
+        if bare and synset.lex in ("05", "06", "18", "20") and not re.search(r"(s|\wed|\wing)$", head):
+            text = ("an " if text[0] in "aeiou" else "a ") + text
+        return text
+
+    def related(self, synset):
+        """[(relation, synset)] of the neighbours that have an article's worth of their own."""
+        found = [(r, i) for r in ASPECTS for i in synset.links.get(r, [])]
+        parents = [self.synsets[i] for i in synset.links.get("@", []) if i in self.synsets]
+        found += [("sister", i) for x in parents for i in x.links.get("~", []) if i != synset.id]
+        return [(r, self.synsets[i]) for r, i in found if i in self.synsets]
+
+    def article(self, synset, rng):
+        """An article, mostly as the answer to a question; None where WordNet says too little."""
+        if synset.id not in self.synsets or len(synset.definition) < 12:
+            return None
+        lemma = rng.choice(synset.lemmas[:2])
+        name = self.name(synset, lemma)
+        it = name if synset.lex == "18" else "it"
+        big = name[0].upper() + name[1:]
+        sentences = [f"{big} is {self.define(synset)}."]
+        others = [x for x in synset.lemmas if x != lemma]
+        if others and rng.random() < 0.5:
+            form = rng.choice(("{It} is also called {x}.", "Another name for {it} is {x}."))
+            sentences.append(form.format(x=others[0], it=it, It=it[0].upper() + it[1:]))
+        parent = next((self.synsets[i] for i in synset.links.get("@", []) if i in self.synsets), None)
+        by_relation, told, used = {}, [], set()
+        for relation, other in self.related(synset):
+            by_relation.setdefault(relation, []).append(other)
+        relations = list(by_relation)
+        rng.shuffle(relations)
+        relations.sort(key=lambda r: r != "@")  # what it is a kind of comes first
+        length = rng.choice((1, 2, 3, 4, 5, 6, 8))
+        for relation in relations:
+            some = rng.sample(by_relation[relation], min(len(by_relation[relation]), rng.choice((1, 1, 2, 3))))
+            for other in some if len(sentences) < length + 1 else []:
+                form = rng.choice([f for f in ASPECTS[relation][1] if f not in used] or ASPECTS[relation][1])
+                used.add(form)
+                names = {"x": other.lemmas[0], "a": self.name(other, other.lemmas[0]), "it": rng.choice((it, name))}
+                names |= {"A": names["a"][0].upper() + names["a"][1:], "It": names["it"][0].upper() + names["it"][1:]}
+                names |= {"d": self.define(other).split(";")[0], "n": lemma, "h": parent.lemmas[0] if parent else "one"}
+                sentences.append(form.format(**names))
+                told.append(relation)
+                if other.examples and rng.random() < 0.2:
+                    sentences.append(sentence(rng.choice(other.examples)))
+        if synset.examples and rng.random() < 0.6:
+            sentences.insert(rng.randint(1, len(sentences)), sentence(rng.choice(synset.examples)))
+        if len(sentences) < 2:
+            return None
+        cut = rng.randint(2, len(sentences)) if rng.random() < 0.3 else len(sentences)
+        text = "\n\n".join(" ".join(part) for part in (sentences[:cut], sentences[cut:]) if part)
+        if rng.random() < 0.2:
+            return text
+        words = [rng.choice(ASPECTS[r][0]) for r in dict.fromkeys(told)]
+        words += rng.sample(["meaning", "nature", "use", "history", "origin", "features", "purpose"], 3)
+        p, q, r = list(dict.fromkeys(words))[:3]
+        question = rng.choice(ARTICLE_QUESTIONS[:2] * 3 + ARTICLE_QUESTIONS)
+        shown = rng.choice((name, name, lemma, lemma[0].upper() + lemma[1:]))
+        return ask(question.format(a=shown, p=p, q=q, r=r), text, rng)
+
+
+def sentence(example):
+    return example[0].upper() + example[1:] + ("" if example[-1] in "?!" else ".")
 
 
 def read_sources(args):
@@ -410,7 +548,7 @@ def read_sources(args):
     teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
     synsets = [
         s for s in read_wordnet(args.wordnet)
-        if len(s[4]) > 8 and is_clean(" ".join([*s[2], s[4], *s[5]]))
+        if len(s.definition) > 8 and is_clean(" ".join([*s.lemmas, s.definition, *s.examples]))
     ]  # fmt: skip
     print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
     sources = {}
@@ -421,6 +559,12 @@ def read_sources(args):
 
 
 RENDER = {"teacher": teacher_document, "wordnet": wordnet_document}
+
+
+def render(name, item, dictionary, rng):
+    """A source's item as a document: most of WordNet's nouns as articles, all else as it is."""
+    text = dictionary.article(item, rng) if name == "wordnet" and rng.random() < 0.8 else None
+    return text or RENDER[name](item, rng)
 
 
 # --- step `train`: tokenizer and model ----------------------------------------------------------------------------
@@ -469,6 +613,7 @@ def train(args):
     args.work.mkdir(parents=True, exist_ok=True)
     sources = read_sources(args)
     rng = random.Random(args.seed)
+    dictionary, held_dictionary = Dictionary(sources["wordnet"][0]), Dictionary(sources["wordnet"][1])
     texts = [d["text"] for d in sources["teacher"][0]]
     texts += [
         wordnet_document(s, rng) for s in rng.sample(sources["wordnet"][0], min(len(sources["wordnet"][0]), 40_000))
@@ -476,7 +621,11 @@ def train(args):
     tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(texts, args.vocabulary)
     # every epoch writes each teacher text anew (alone, or after some question) among another part of WordNet
     wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], {"teacher": 0, "wordnet": 0}
-    unique = {n: sum(map(len, encode(tokenizer, [RENDER[n](x, rng) for x in s[0]]))) for n, s in sources.items()}
+
+    def documents(name, items, dictionary):
+        return encode(tokenizer, [render(name, item, dictionary, rng) for item in items])
+
+    unique = {n: sum(map(len, documents(n, s[0], dictionary))) for n, s in sources.items()}
     used = 0
     for _ in range(args.epochs):
         many = round(len(wordnet) * unique["teacher"] * share / (1 - share) / unique["wordnet"])
@@ -484,14 +633,14 @@ def train(args):
         used += many
         epoch = []
         for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part)):
-            encoded = encode(tokenizer, [RENDER[name](item, rng) for item in items])
+            encoded = documents(name, items, dictionary)
             seen[name] += sum(map(len, encoded))
             epoch += encoded
         rng.shuffle(epoch)
         rows += epoch
     data = pack(rows, args.length)
     rng = random.Random(0)
-    held = {n: pack(encode(tokenizer, [RENDER[n](x, rng) for x in s[1]]), args.length) for n, s in sources.items()}
+    held = {n: pack(documents(n, s[1], held_dictionary), args.length) for n, s in sources.items()}
     print(f"tokens: unique {unique}, seen {seen}, held out { {n: b.numel() for n, b in held.items()} }", flush=True)
 
     config = GPT2Config(
