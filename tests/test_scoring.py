@@ -191,6 +191,33 @@ def test_answers_are_seeded_cut_and_the_same_in_a_batch_as_alone(tiny):
     )
 
 
+def test_answers_are_drawn_as_the_probabilities_say():
+    words = [" the", " of", " and"]
+    log_probs = torch.full((load_tiny()[0].config.vocab_size,), -20.0)
+    ids = [load_tiny()[1](word)["input_ids"][0] for word in words]
+    log_probs[ids] = torch.tensor([0.6, 0.3, 0.1]).log()
+    model, tokenizer = unigram_model(log_probs)
+    asked = {"max_new_tokens": 100, "temperature": 0.5, "seed": 3}
+    drawn = " ".join(generate_answers(model, tokenizer, ["What?"] * 5, **asked)).split()
+    assert len(drawn) == 500
+    for word, p in zip(words, (0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46), strict=True):
+        assert drawn.count(word.strip()) / 500 == pytest.approx(p, abs=0.06)
+
+
+def test_weights_first_computes_what_the_layers_do():
+    model, _ = load_tiny()
+    with script.inference(model, torch.bfloat16) as (base, _):
+        layers = [base.transformer.h[0].attn.c_attn, base.transformer.h[1].mlp.c_proj, base.lm_head]
+        inputs = [torch.randn(5, 1, layer.weight.shape[isinstance(layer, torch.nn.Linear)]) for layer in layers]
+        plain = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+        with script.weights_first(base):
+            assert all("forward" in vars(layer) for layer in layers)
+            for layer, x, expected in zip(layers, inputs, plain, strict=True):
+                assert layer(x).shape == expected.shape and layer(x).dtype == expected.dtype
+                torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
+        assert not any("forward" in vars(layer) for layer in layers)
+
+
 def test_an_answer_ends_at_the_end_mark_or_eos():
     model, tokenizer = load_tiny()
     mark = tokenizer("</s>")["input_ids"]
