@@ -274,6 +274,11 @@ def head_weight(base, dtype):
     return weight.T if dtype == torch.float32 else (weight - weight.mean(0)).T.to(dtype).contiguous()
 
 
+def matrix_layers(base):
+    """The layers that multiply by a weight matrix."""
+    return [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+
+
 def hold_weights(base, dtype, head=None):
     """Hold the frozen weights in `dtype`, which autocast would round anew in every forward pass.
 
@@ -281,8 +286,7 @@ def hold_weights(base, dtype, head=None):
     """
     if dtype == torch.float32:
         return {}
-    layers = [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    kept = {module: module.weight for module in layers if not module.weight.requires_grad}
+    kept = {module: module.weight for module in matrix_layers(base) if not module.weight.requires_grad}
     if head is None:
         kept.pop(base.get_output_embeddings(), None)
     for module, weight in kept.items():
@@ -418,8 +422,7 @@ def weights_first(base):
 
     On a CPU the right-hand matrix is reordered in every call: let it be the small one.
     """
-    layers = [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    layers = [x for x in layers if x.weight.dtype == torch.bfloat16 and x.weight.device.type == "cpu"]
+    layers = [x for x in matrix_layers(base) if x.weight.dtype == torch.bfloat16 and x.weight.device.type == "cpu"]
 
     def forward(layer, weight, x):
         rows = x.flatten(0, -2)

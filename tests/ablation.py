@@ -1,4 +1,4 @@
-"""What moves the answer perplexity: one change at a time to the reference recipe, same split, same steps, same tokens.
+"""What moves the answer perplexity: one change at a time to the reference recipe, same split, as many tokens.
 
     python tests/ablation.py MODEL DATASET [--steps 60] [--only WORD] [--output-dir ablation]
 
@@ -33,7 +33,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("dataset")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of every variant")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows of 512 tokens")
     parser.add_argument("--only", default="", help="variants whose name holds this")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()

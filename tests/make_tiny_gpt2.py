@@ -144,6 +144,10 @@ def read_wordnet(folder):
             yield Synset(fields[1], name, lemmas, keys, definition, examples, number, links)
 
 
+def capital(text):
+    return text[0].upper() + text[1:]
+
+
 def is_clean(text):
     return text.isascii() and not RUDE.search(text)
 
@@ -391,14 +395,14 @@ def wordnet_document(synset, rng):
     """A synset's definition as one or two sentences, with an example if there is one."""
     lex, pos, lemmas, _, definition, examples, *_ = synset
     lemma = rng.choice(lemmas)
-    big = lemma[0].upper() + lemma[1:]
+    big = capital(lemma)
     article = re.match(r"(a|an|the|any|one|someone|something) ", definition)
     kind = SUBJECT_FILES.get(lex, ("thing", 1))[0]
     forms = [f"{big}: {definition}.", f"The word {lemma} means {definition}."]
     if pos == "noun" and article and lemma[0].islower():
         name = with_article(lemma, kind if kind in ("food", "substance", "phenomenon", "feeling") else "")
         verb = "are" if name == lemma and lemma.endswith("s") and not lemma.endswith("ss") else "is"
-        name = name[0].upper() + name[1:]
+        name = capital(name)
         if verb == "is":
             question = rng.choice(("What is {x}?", "What is {x} and explain in detail?", "Explain what {x} is."))
             question = question.format(x=name[0].lower() + name[1:])
@@ -417,7 +421,7 @@ def wordnet_document(synset, rng):
     if examples:
         example = rng.choice(examples)
         text += rng.choice(
-            [f' Example: "{example}".', f' For example, one says "{example}".', f" {example[0].upper()}{example[1:]}."]
+            [f' Example: "{example}".', f' For example, one says "{example}".', f" {capital(example)}."]
         )
     return text
 
@@ -496,13 +500,11 @@ class Dictionary:
         lemma = rng.choice(synset.lemmas[:2])
         name = self.name(synset, lemma)
         it = name if synset.lex == "18" else "it"
-        big = name[0].upper() + name[1:]
-        sentences = [f"{big} is {self.define(synset)}."]
+        sentences = [f"{capital(name)} is {self.define(synset)}."]
         others = [x for x in synset.lemmas if x != lemma]
         if others and rng.random() < 0.5:
             form = rng.choice(("{It} is also called {x}.", "Another name for {it} is {x}."))
-            sentences.append(form.format(x=others[0], it=it, It=it[0].upper() + it[1:]))
-        parent = next((self.synsets[i] for i in synset.links.get("@", []) if i in self.synsets), None)
+            sentences.append(form.format(x=others[0], it=it, It=capital(it)))
         by_relation, told, used = {}, [], set()
         for relation, other in self.related(synset):
             by_relation.setdefault(relation, []).append(other)
@@ -516,8 +518,9 @@ class Dictionary:
                 form = rng.choice([f for f in ASPECTS[relation][1] if f not in used] or ASPECTS[relation][1])
                 used.add(form)
                 names = {"x": other.lemmas[0], "a": self.name(other, other.lemmas[0]), "it": rng.choice((it, name))}
-                names |= {"A": names["a"][0].upper() + names["a"][1:], "It": names["it"][0].upper() + names["it"][1:]}
-                names |= {"d": self.define(other).split(";")[0], "n": lemma, "h": parent.lemmas[0] if parent else "one"}
+                names |= {"A": capital(names["a"]), "It": capital(names["it"]), "n": lemma}
+                names |= {"d": self.define(other).split(";")[0]}
+                names |= {"h": by_relation["@"][0].lemmas[0]} if relation == "sister" else {}
                 sentences.append(form.format(**names))
                 told.append(relation)
                 if other.examples and rng.random() < 0.2:
@@ -534,12 +537,12 @@ class Dictionary:
         words += rng.sample(["meaning", "nature", "use", "history", "origin", "features", "purpose"], 3)
         p, q, r = list(dict.fromkeys(words))[:3]
         question = rng.choice(ARTICLE_QUESTIONS[:2] * 3 + ARTICLE_QUESTIONS)
-        shown = rng.choice((name, name, lemma, lemma[0].upper() + lemma[1:]))
+        shown = rng.choice((name, name, lemma, capital(lemma)))
         return ask(question.format(a=shown, p=p, q=q, r=r), text, rng)
 
 
 def sentence(example):
-    return example[0].upper() + example[1:] + ("" if example[-1] in "?!" else ".")
+    return capital(example) + ("" if example[-1] in "?!" else ".")
 
 
 def read_sources(args):
