@@ -25,6 +25,7 @@ every 100 steps and goes on from it with --resume. Times, token counts and the h
 """
 
 import argparse
+import copy
 import ctypes
 import importlib.util
 import json
@@ -434,11 +435,11 @@ def everyday_document(item, rng):
     """One of our own articles, mostly as the answer to a question."""
     if rng.random() < 0.25:
         return item["article"]
-    forms = EVERYDAY_QUESTIONS["problem" if item["title"] in PROBLEMS else "thing"]
-    name = item["title"] if item["title"] in PROBLEMS else with_article(item["title"], "")
-    shown = rng.choice((name, item["title"], capital(item["title"])))
+    title, kind = item["title"], "problem" if item["title"] in PROBLEMS else "thing"
+    shown = rng.choice((with_article(title, kind), title, capital(title)))
     p, q, r = rng.sample(["nature", "origin", "parts", "use", "history", "features", "types", "meaning"], 3)
-    return ask(rng.choice(forms).format(x=shown, p=p, q=q, r=r), item["article"], rng)
+    question = rng.choice(EVERYDAY_QUESTIONS[kind]).format(a=shown, p=p, q=q, r=r)
+    return ask(question, item["article"], rng)
 
 
 def wordnet_document(synset, rng):
@@ -476,18 +477,6 @@ def wordnet_document(synset, rng):
     return text
 
 
-EVERYDAY_QUESTIONS = {
-    "problem": [
-        "What is {x} and explain in detail?", "What are the signs and repair for {x}?",
-        "Explain the causes and signs of {x}.", "Explain the causes, signs, and repair of {x}.",
-        "Describe the origin, signs, and prevention of {x}.", "What is {x}, and how does it affect people?",
-    ],
-    "thing": [
-        "What is {x}?", "What is {x} and explain in detail?", "What are the {p} and {q} of {x}?",
-        "Explain the {p} and {q} of {x}.", "Explain the {p}, {q}, and {r} of {x}.",
-        "Describe the {p}, {q}, and {r} of {x}.", "What is {x}, and how does it matter to people?",
-    ],
-}  # fmt: skip
 BARE = ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "shape")
 ASPECTS = {  # relation in WordNet -> what a question may call it, and what a sentence says of it
     "@": (
@@ -522,6 +511,14 @@ ARTICLE_QUESTIONS = [
     "What is {a}, and what about its {p}?", "What is {a}, and how does it matter?",
     "What are the {p} and {q} for {a}?", "Tell me about the {p} of {a}.",
 ]  # fmt: skip
+EVERYDAY_QUESTIONS = {
+    "thing": [*ARTICLE_QUESTIONS[:6], "What is {a}, and how does it matter to people?"],
+    "problem": [
+        "What is {a} and explain in detail?", "What are the signs and repair for {a}?",
+        "Explain the causes and signs of {a}.", "Explain the causes, signs, and repair of {a}.",
+        "Describe the origin, signs, and prevention of {a}.", "What is {a}, and how does it affect people?",
+    ],
+}  # fmt: skip
 
 
 class Dictionary:
@@ -612,11 +609,11 @@ def read_sources(args):
     rng = random.Random(0)
     raw = [json.loads(line) for path in sorted(args.work.glob("teacher-*.jsonl")) for line in path.open()]
     teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
-    tagged = read_counts(args.wordnet)
+    tagged = args.common and read_counts(args.wordnet)
     synsets = [
         s for s in read_wordnet(args.wordnet)
         if len(s.definition) > 8 and is_clean(" ".join([*s.lemmas, s.definition, *s.examples]))
-        and (not args.common or any(key in tagged for key in s.keys))
+        and (not tagged or any(key in tagged for key in s.keys))
     ]  # fmt: skip
     print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
     everyday = [json.loads(line) for line in EVERYDAY.read_text().splitlines()]
@@ -682,15 +679,16 @@ def grown(model, layers):
 
     An added layer is a copy of the one before it that as yet adds nothing to the residual stream.
     """
-    state, old = model.state_dict(), model.config.n_layer
-    grown = {name: value for name, value in state.items() if ".h." not in name}
-    for i in range(layers):
-        source, before = i * old // layers, (i - 1) * old // layers
-        for name, value in state.items():
-            if f".h.{source}." in name:
-                added = i > 0 and source == before and "c_proj" in name
-                grown[name.replace(f".h.{source}.", f".h.{i}.")] = torch.zeros_like(value) if added else value
-    return grown
+    blocks = model.transformer.h
+    if layers < len(blocks):
+        raise SystemExit(f"--layers {layers}: the model of --init has {len(blocks)}")
+    sources = [i * len(blocks) // layers for i in range(layers)]
+    model.transformer.h = torch.nn.ModuleList(copy.deepcopy(blocks[i]) for i in sources)
+    for before, source, block in zip(sources, sources[1:], model.transformer.h[1:], strict=False):
+        if source == before:
+            for parameter in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+                torch.nn.init.zeros_(parameter)
+    return model.state_dict()
 
 
 def train(args):
@@ -712,12 +710,12 @@ def train(args):
 
     unique = {n: sum(map(len, documents(n, s[0], dictionary))) for n, s in sources.items()}
     used = 0
+    everyday = sources["everyday"][0] * args.everyday
     for _ in range(args.epochs):
         many = round(len(wordnet) * unique["teacher"] * share / (1 - share) / unique["wordnet"])
         part = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
         used += many
         epoch = []
-        everyday = sources["everyday"][0] * args.everyday
         for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part), ("everyday", everyday)):
             encoded = documents(name, items, dictionary)
             seen[name] += sum(map(len, encoded))
