@@ -62,6 +62,7 @@ SUBJECT_FILES = {
     "20": ("plant", 3.0), "21": ("possession", 0.5), "22": ("process", 1.0), "25": ("shape", 0.6),
     "27": ("substance", 1.5), "28": ("time", 0.6),
 }  # fmt: skip
+BARE = ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process")  # without "a"
 MEDICAL = re.compile(  # illness and its treatment; the body itself is an everyday thing
     r"disease|symptom|medic(?:al|in|at)|surg(?:ery|eon|ical)|infect|patholog|syndrome|therap|drug|clinic|"
     r"hospital|patient|diagnos|physician|doctor|nurse|tumou?r|cancer|inflamm|disorder|"
@@ -223,8 +224,7 @@ def is_clean(text):
 
 def with_article(lemma, kind):
     """'bicycle' -> 'a bicycle'; names of stuff stay bare."""
-    if kind in ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "problem",
-                "body"):  # fmt: skip
+    if kind in (*BARE, "problem", "body"):
         return lemma
     if lemma[0].isupper() or (lemma.endswith("s") and not lemma.endswith(("ss", "us"))):
         return lemma
@@ -237,8 +237,8 @@ def read_counts(folder):
     return {":".join(key.split(":")[:3]): (int(sense), int(count)) for key, sense, count in map(str.split, lines)}
 
 
-def choose_subjects(folder, troubles=False):
-    """(name, kind, weight) of everyday nouns, and of PROBLEMS and perhaps TROUBLES and BODY.
+def choose_subjects(folder, plain=False):
+    """(name, kind, weight) of everyday nouns and PROBLEMS; for plain articles, of TROUBLES and BODY as well.
 
     Nouns are the commonest sense of a lower-case lemma that occurs in the hand-tagged texts.
     """
@@ -252,7 +252,7 @@ def choose_subjects(folder, troubles=False):
                 subjects.append((lemma, SUBJECT_FILES[x.lex][0], SUBJECT_FILES[x.lex][1] * min(count, 8) ** 0.5))
     total = sum(weight for _, _, weight in subjects)
     problems = [(x, "problem", 0.2 * total / len(PROBLEMS)) for x in PROBLEMS]
-    if troubles:
+    if plain:
         forms = [(form.format(x=x), weight) for x, kind, weight in subjects for form in TROUBLES.get(kind, [])]
         scale = 0.6 * total / sum(weight for _, weight in forms)
         problems += [(form, "problem", scale * weight) for form, weight in forms]
@@ -418,7 +418,7 @@ def sample(args):
     llama = FastLlama(model, args.batch, 96 + args.new_tokens)
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
     del model
-    subjects = [s for s in choose_subjects(args.wordnet, troubles=args.plain) if args.kind in (None, s[1])]
+    subjects = [s for s in choose_subjects(args.wordnet, plain=args.plain) if args.kind in (None, s[1])]
     weights = [weight for _, _, weight in subjects]
     print(f"{len(subjects):,} subjects", flush=True)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -568,7 +568,6 @@ def wordnet_document(synset, rng):
     return text
 
 
-BARE = ("food", "substance", "phenomenon", "act", "idea", "feeling", "attribute", "time", "process", "shape")
 ASPECTS = {  # relation in WordNet -> what a question may call it, and what a sentence says of it
     "@": (
         ["nature", "meaning"],
@@ -625,7 +624,7 @@ class Dictionary:
         """'bicycle' -> 'a bicycle'; 'bread' and names stay bare."""
         countable = re.match(r"(a|an|any|one|someone|something) ", self.define(synset))
         kind = SUBJECT_FILES.get(synset.lex, ("thing", 1))[0]
-        return lemma if kind in BARE or not countable else with_article(lemma, "")
+        return lemma if kind in (*BARE, "shape") or not countable else with_article(lemma, "")
 
     def define(self, synset):
         """The definition without brackets, and with the article that WordNet often leaves out of living things'."""
@@ -808,11 +807,11 @@ def train(args):
         return encode(tokenizer, [render(name, item, dictionary, rng) for item in items])
 
     unique = {n: sum(map(len, documents(n, s[0], dictionary))) for n, s in sources.items()}
-    used, sampled = 0, unique.get("teacher", 0) + unique.get("plain", 0)
+    used, sampled_tokens = 0, unique.get("teacher", 0) + unique.get("plain", 0)
     epochs = {name: items for name, (items, _) in sources.items()}
     epochs["everyday"] = epochs["everyday"] * args.everyday
     for _ in range(args.epochs):
-        many = round(len(wordnet) * sampled * share / (1 - share) / unique["wordnet"])
+        many = round(len(wordnet) * sampled_tokens * share / (1 - share) / unique["wordnet"])
         epochs["wordnet"] = [wordnet[i % len(wordnet)] for i in range(used, used + many)]
         used += many
         epoch = []
