@@ -20,6 +20,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -107,8 +108,10 @@ OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as abov
     "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
     "NUM_EPOCHS": 3, "LEARNING_RATE": 2.5e-3, "EVAL_STEPS": 20,
 }  # fmt: skip
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 CHECKPOINT_MINUTES = 2
 CHUNK = 1024  # positions whose logits are in memory at a time
+ATTENTION_BLOCK = 256  # queries that `causal_attention` takes at a time
 SHAPE_STEP = 64  # lengths are padded to multiples: each new shape leaves a compiled kernel for good, on a CPU
 ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # an answer starts after the one and ends before the other
 PROMPT = (
@@ -124,6 +127,76 @@ class InputError(ValueError):
     """Something that the user can mend; ends the program with one line and exit code 2."""
 
 
+# -------------------------------------------------------------------------------------------------------- small helpers
+
+
+def process_rank():
+    """This process's rank and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_first(function):
+    """What `function` returns on the first process, for every process."""
+    rank, processes = process_rank()
+    result = [function() if rank == 0 else None]
+    if processes > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def say(message):
+    """A line on the screen, from the first process alone."""
+    if process_rank()[0] == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+def last_line(error):
+    """The last line of what an exception says, of its innermost cause."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def is_local(name):
+    """Whether a model or data set name is a path rather than a Hub id such as `gpt2` or `owner/name`."""
+    is_file_name = re.search(r"\.(jsonl?|csv|parquet|txt|gz)$", name)
+    return Path(name).exists() or bool(is_file_name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
+
+
+def short_name(name):
+    """The last part of a Hub id or a path, without an ending."""
+    return re.sub(r"(\.(jsonl?|csv|parquet|gz))+$", "", Path(name).name)
+
+
+def digest(path):
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path, text):
+    """Write a file that appears whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def save_folder(folder, *savers):
+    """Let `savers` write a folder that appears whole or not at all."""
+    part = Path(f"{folder}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    for save in savers:
+        save(part)
+    part.rename(folder)
+
+
 # ------------------------------------------------------------------------------------------------------------- data
 
 
@@ -134,40 +207,35 @@ def format_prompt(question):
 
 def read_texts(source, revision=None):
     """The `text` column of a Hub data set's train split or of a local file, uncleaned, and its commit."""
-    path = Path(source)
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    path, local, commit = Path(source), is_local(source), None
+    kind = (Path(path.stem) if path.suffix == ".gz" else path).suffix
+    if local and kind not in (".jsonl", ".json", ".csv", ".parquet"):
+        raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
+    if local and not (path.is_file() and path.stat().st_size):
+        raise InputError(f"DATASET_NAME: {path} {'is empty' if path.is_file() else 'is no file'}")
     try:
-        if is_local(source):
-            if kind not in (".jsonl", ".json", ".csv", ".parquet"):
-                raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
-            if not path.is_file() or not path.stat().st_size:
-                raise InputError(f"DATASET_NAME: {path} {'is empty' if path.is_file() else 'is no file'}")
-        if kind not in (".jsonl", ".json"):
-            which = {"path": kind[1:], "data_files": str(path)} if is_local(source) else {"path": source}
-            rows = datasets.load_dataset(**which, revision=revision, split="train")
-            if "text" not in rows.column_names:
-                raise InputError(f"DATASET_NAME: {source} has no column `text`, only {', '.join(rows.column_names)}")
-            found = re.search(r"\b[0-9a-f]{40}\b", rows.cache_files[0]["filename"])
-            return rows["text"][:], found and found.group()
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            content = file.read()
-        is_array = content.lstrip().startswith("[")
-        rows, number = [], 0
-        for line in [content] if is_array else content.split("\n"):
-            number += 1
-            rows += [json.loads(line)] if line.strip() else []
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {number + error.lineno - 1}"
-        raise InputError(f"DATASET_NAME: {where}: not JSON ({error.msg}); mend or remove it") from error
+        if kind in (".jsonl", ".json"):
+            content = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+            is_array = content.lstrip().startswith("[")
+            lines = [content] if is_array else content.split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = [row if isinstance(row, dict) else {} for row in (rows[0] if is_array else rows)]
+            columns = sorted({key for row in rows for key in row})
+            data = {key: [row.get(key) for row in rows] for key in columns}
+        else:
+            which = {"path": kind[1:], "data_files": str(path)} if local else {"path": source, "revision": revision}
+            data = datasets.load_dataset(**which, split="train")
+            columns, commit = data.column_names, re.search(r"\b[0-9a-f]{40}\b", data.cache_files[0]["filename"])
     except Exception as error:
-        if isinstance(error, InputError) or not is_local(source):
+        if not local:
             raise
-        raise InputError(f"DATASET_NAME: {path} can't be read as {kind[1:]}: {last_line(error)}") from error
-    rows = [row if isinstance(row, dict) else {} for row in (rows[0] if is_array else rows)]
-    columns = sorted({key for row in rows for key in row})
+        what = f" can't be read as {kind[1:]}: {last_line(error)}"
+        if isinstance(error, json.JSONDecodeError):
+            what = f", line {lines.index(error.doc) + error.lineno}: not JSON ({error.msg}); mend or remove it"
+        raise InputError(f"DATASET_NAME: {path}{what}") from error
     if "text" not in columns:
-        raise InputError(f"DATASET_NAME: {path} has no column `text`, only {', '.join(columns) or 'no rows'}")
-    return [row.get("text") for row in rows], None
+        raise InputError(f"DATASET_NAME: {source} has no column `text`, only {', '.join(columns) or 'no rows'}")
+    return data["text"][:], commit and commit.group()
 
 
 def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
@@ -218,11 +286,6 @@ def encode(tokenizer, texts, max_length, end=""):
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
-
-
-def shape_step(max_length):
-    """What to pad lengths to a multiple of, so that rows cut at `max_length` never exceed it."""
-    return math.gcd(SHAPE_STEP, max_length)
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -282,7 +345,8 @@ def matrix_layers(base):
 def hold_weights(base, dtype, head=None):
     """Hold the frozen weights in `dtype`, which autocast would round anew in every forward pass.
 
-    `head`: what `head_weight` gave, to be the LM head's own. Returns {module: weight}, to put them back.
+    `head`, from `head_weight`, replaces the LM head's weight; without it the LM head stays in fp32. Returns
+    {module: weight}, to put them back.
     """
     if dtype == torch.float32:
         return {}
@@ -296,11 +360,38 @@ def hold_weights(base, dtype, head=None):
     return kept
 
 
+def causal_attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **unused):
+    """Attention of query (b, h, n, d) over key and value (b, h or fewer, m, d), of which the last n are its own.
+
+    Rows are padded on the right, if at all. By matrix products over blocks of queries, which see no key after their
+    last: more than twice as fast, forward and back, as torch's fused kernel on a CPU without AMX.
+    """
+    (b, h, n, d), m = query.shape, key.shape[2]
+    key, value = (x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1) for x in (key, value))
+    future = torch.full((min(n, ATTENTION_BLOCK),) * 2, -math.inf, dtype=query.dtype, device=query.device).triu(1)
+    blocks = []
+    for block, part in enumerate(query.flatten(0, 1).split(ATTENTION_BLOCK, 1)):
+        width = part.shape[1]
+        seen = m - n + block * ATTENTION_BLOCK + width
+        mask = torch.nn.functional.pad(future[:width, :width], (seen - width, 0))
+        scores = torch.baddbmm(mask, part, key[:, :seen].mT, alpha=scaling)
+        blocks.append(torch.nn.functional.dropout(scores.softmax(-1), dropout) @ value[:, :seen])
+    return torch.cat(blocks, 1).view(b, h, n, d).transpose(1, 2), None
+
+
+def use_causal_attention(base):
+    """Switch a model to `causal_attention` where that is faster, and where attention is plain causal softmax."""
+    slow_kernel = base.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")
+    if slow_kernel and base.config._attn_implementation == "sdpa" and base.config.model_type in ("gpt2", "llama"):
+        transformers.AttentionInterface.register("causal", causal_attention)
+        base.set_attn_implementation("causal")
+
+
 @contextlib.contextmanager
 def inference(model, dtype):
     """Within: the model in evaluation mode, without gradients, under autocast to `dtype` -> (base model, LM head)."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    was_training = model.training
+    was_training, attention = model.training, base.config._attn_implementation
     model.eval()
     with torch.no_grad(), torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
         head = head_weight(base, dtype)
@@ -310,6 +401,7 @@ def inference(model, dtype):
         finally:
             for module, weight in kept.items():
                 module.weight = weight
+            base.set_attn_implementation(attention)
             model.train(was_training)
 
 
@@ -339,22 +431,22 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
     common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt is run once, and then cached
     known = max(len(common) - 1, 0)  # all but its last token, which is to predict the first one that differs
     with bar, inference(model, dtype) as (base, head):
+        use_causal_attention(base)  # until `inference` puts the model's own back
         prompt, cache = torch.tensor([common], device=base.device), None
         if known:
-            prompt_nll = label_nll(base, head, prompt, prompt).double().cpu()
+            prompt_nll = label_nll(base, head, prompt, prompt).cpu().double()
             cache = base.base_model(input_ids=prompt[:, :known], use_cache=True).get("past_key_values")
             known *= cache is not None  # a model without attention has none
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            longest, step = len(rows[part[0]][0]) - known, shape_step(max_length)
-            labels = torch.full((len(part), min(longest + -longest % step, max_length - known)), -100)
-            for line, i in zip(labels, part, strict=True):
-                line[: len(rows[i][0]) - known] = torch.tensor(rows[i][0][known:])
-            labels = labels.to(base.device)
+            ids = [torch.tensor(rows[i][0][known:]) for i in part]
+            labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100).to(base.device)
+            spare = min(-labels.shape[1] % SHAPE_STEP, max_length - known - labels.shape[1])
+            labels = torch.nn.functional.pad(labels, (0, spare), value=-100)
             past = copy.deepcopy(cache)
             if known:
                 past.batch_repeat_interleave(len(part))
-            nll = label_nll(base, head, labels.clamp(min=0), labels, past).double().cpu()
+            nll = label_nll(base, head, labels.clamp(min=0), labels, past).cpu().double()
             for i, row in zip(part, nll.split([len(rows[i][0]) - known - 1 for i in part]), strict=True):
                 row = torch.cat([prompt_nll, row]) if known else row
                 if not row.isfinite().all():
@@ -467,7 +559,8 @@ def generate_answers(
         drawn = ids.gather(1, (top / temperature).softmax(-1).multinomial(1))
         return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
 
-    with torch.random.fork_rng(), bar, inference(model, dtype) as (base, _), weights_first(base):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), bar, inference(model, dtype) as (base, _), weights_first(base):
         torch.manual_seed(seed)
         output = model.generate(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
@@ -500,6 +593,15 @@ def answer_stats(text, *, finished=None):
 # --------------------------------------------------------------------------------------------------------- training
 
 
+def fast_dropout(module, x):
+    """Dropout for CPUs: torch draws a random number for each element, this gets four from each draw of 64 bits."""
+    if not module.training or not module.p:
+        return x
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = draws[: x.numel()].view(x.shape) >= round(module.p * 2**16) - 2**15
+    return x * kept.to(x.dtype).div_(1 - module.p)
+
+
 class StepClock(TrainerCallback):
     """Times the optimizer steps alone, saves every few minutes, and logs wherever it saves."""
 
@@ -516,9 +618,10 @@ class StepClock(TrainerCallback):
         control.should_evaluate &= not last  # the saved adapter is scored right after
         # a checkpoint does not hold the loss summed up since the last log line: save only where there is none
         control.should_log |= control.should_save or last
+        # by the clock only in one process: several would disagree
         overdue = time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES and args.world_size == 1
         control.should_save |= control.should_log and overdue
-        control.should_save &= not last  # the adapter is; and the Trainer resumes at its last step with one too many
+        control.should_save &= not last  # the adapter is; and resumed there, the Trainer would take one step more
 
     def on_save(self, args, state, control, **kwargs):
         self.saved = time.monotonic()
@@ -536,14 +639,17 @@ class LoRATrainer(SFTTrainer):
         self.own_loss = head is not None
         if self.own_loss:  # as the model's forward, for autocast, DDP and PEFT to wrap it as they wrap any other
             base.forward = functools.partial(label_nll, base, head)
+            use_causal_attention(base)
             hold_weights(base, dtype)
+            for module in base.modules() if base.device.type == "cpu" else ():
+                if isinstance(module, torch.nn.Dropout):
+                    module.forward = functools.partial(fast_dropout, module)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
             nll = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
-            loss = nll.sum() / (max(len(nll), 1) if num_items_in_batch is None else num_items_in_batch)
-            if num_items_in_batch is not None:
-                loss = loss * self.accelerator.num_processes  # they are counted over all; DDP averages gradients
+            share = len(nll) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+            loss = nll.sum() / max(share, 1)  # items are counted over all processes; DDP averages gradients
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not self.accelerator.gather(loss.detach()).isfinite().all():
@@ -591,62 +697,70 @@ def newest_checkpoint(folder):
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def plot_training_loss(log_history, path, *, title="Fine-tuning"):
-    """Training and validation loss in nats per token over optimizer steps; the first validation marks the baseline."""
-    fig, ax = plt.subplots(figsize=(8, 4.8))
-    styles = (("loss", "training", "#0072B2", "."), ("eval_loss", "validation (held-out rows)", "#D55E00", "o"))
-    for key, label, color, marker in styles:
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        ax.plot(*(zip(*points, strict=True) if points else ([], [])), color=color, marker=marker, label=label)
-        if key == "eval_loss" and points:
-            ax.axhline(points[0][1], color=color, linestyle=":", label=f"validation at step {points[0][0]}")
-    ax.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
-    ax.grid(alpha=0.3)
-    ax.legend()
-    save_plot(fig, path)
-
-
-def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
-    """Three pairs of bars, before and after: full text, answers only with their 95 % interval, reference protocol."""
-    kinds = {"full_text": "full text", "answer": "answers only\n(95 % interval)", "seed_protocol": "reference protocol"}
-    fig, ax = plt.subplots(figsize=(8, 4.8))
-    for offset, name, scores, color in ((-0.2, "before", before, "#999999"), (0.2, "after", after, "#0072B2")):
-        for x, kind in enumerate(kinds):
-            value = scores[kind] or 0.0
-            low, high = scores["answer_ci95"] if kind == "answer" and scores["answer_ci95"] else (value, value)
-            errors = [[value - low], [high - value]] if high > low else None
-            ax.bar(x + offset, value, 0.38, color=color, label=None if x else name, yerr=errors, capsize=5)
-            ax.annotate(f"{value:.2f}", (x + offset, high), (0, 4), textcoords="offset points", ha="center", size=11)
-    ax.set_xticks(range(len(kinds)), kinds.values())
-    ax.set(title=title, ylabel="perplexity (lower is better)")
-    ax.margins(y=0.15)
-    ax.legend()
-    save_plot(fig, path)
-
-
-def save_plot(fig, path):
-    fig.tight_layout()
-    fig.savefig(f"{path}.tmp", format="png", dpi=150)
-    plt.close(fig)
+@contextlib.contextmanager
+def figure(path, title, ylabel):
+    """Within: the axes of a plot, which then appears at `path`, whole or not at all."""
+    style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (9, 5.4)}
+    with plt.rc_context(style):
+        fig, ax = plt.subplots()
+        yield ax
+        ax.set(title=title, ylabel=ylabel)
+        ax.legend()
+        fig.tight_layout()
+        fig.savefig(f"{path}.tmp", format="png", dpi=150)
+        plt.close(fig)
     os.replace(f"{path}.tmp", path)
 
 
-def side_by_side(left, right, width=56):
+def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all tokens"):
+    """Training and validation loss in nats per token over optimizer steps; the first validation marks the baseline."""
+    with figure(path, title, f"loss on {loss_on} (nats per token)") as ax:
+        for key, label, color, marker, offset in (
+            ("loss", "training, mean since the point before", "#0072B2", ".", -22),
+            ("eval_loss", "validation, held-out rows", "#D55E00", "o", 10),
+        ):
+            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+            if not points:
+                continue
+            ax.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
+            (step, first), last = points[0], points[-1]
+            ax.annotate(f"{last[1]:.2f}", last, (0, offset), textcoords="offset points", ha="center", color=color)
+            if key == "eval_loss":
+                ax.axhline(first, color=color, linestyle=":", label=f"validation at step {step}: {first:.2f}")
+        ax.set_xlabel("optimizer step")
+        ax.margins(y=0.12)
+        ax.grid(alpha=0.3)
+
+
+def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
+    """Pairs of bars, before and after: answers only with their 95 % interval, full text, reference protocol."""
+    kinds = {
+        "answer": "answers only\n(95 % interval)", "full_text": "full text,\nprompts too",
+        "seed_protocol": "reference\nprotocol",
+    }  # fmt: skip
+    kinds = {kind: label for kind, label in kinds.items() if before[kind]}
+    with figure(path, title, "perplexity (lower is better)") as ax:
+        for offset, name, scores, color in ((-0.2, "before", before, "#999999"), (0.2, "after", after, "#0072B2")):
+            for x, kind in enumerate(kinds):
+                value = scores[kind]
+                low, high = scores["answer_ci95"] if kind == "answer" else (value, value)
+                errors = [[value - low], [high - value]] if high > low else None
+                ax.bar(x + offset, value, 0.38, color=color, label=None if x else name, yerr=errors, capsize=5)
+                text = f"{value:.2f}" + f"\n({value / before[kind] - 1:+.0%})" * (scores is after)
+                ax.annotate(text, (x + offset, high), (0, 4), textcoords="offset points", ha="center")
+        ax.set_xticks(range(len(kinds)), kinds.values())
+        ax.margins(y=0.18)
+
+
+def side_by_side(left, right, width=48):
     """Two texts as two columns in a Markdown fence that nothing in them can close."""
     columns = []
     for text in (left, right):
         text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         columns.append([part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]])
-    height = max(map(len, columns))
-    pairs = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", left + right)), default=0))
-    lines = [("BEFORE", "AFTER"), ("-" * width, "-" * width), *pairs]
+    lines = [("BEFORE", "AFTER"), ("-" * width, "-" * width), *itertools.zip_longest(*columns, fillvalue="")]
     return "\n".join([f"{fence}text", *(f"{a:{width}} | {b}".rstrip() for a, b in lines), fence])
-
-
-def short_name(name):
-    """The last part of a Hub id or a path, without an ending."""
-    return Path(name).name.split(".")[0]
 
 
 def table(*rows):
@@ -655,27 +769,36 @@ def table(*rows):
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
 
 
+def observations(stats):
+    """What `answer_stats` counted, as a line."""
+    repeated = 1 - stats["distinct_bigrams"] / (stats["words"] - 1) if stats["words"] > 1 else 0
+    return (
+        f"{stats['words']} words ({stats['unique_words']} different) in {stats['sentences']} sentences, "
+        f"{repeated:.0%} of the word pairs repeated, {'ended by itself' if stats['finished'] else 'cut at the limit'}"
+    )
+
+
 def write_report(results, path):
     """Write report.md from what results.json holds, and from that alone."""
     perplexity, settings, data, training, hardware = (
         SimpleNamespace(**results[key]) for key in ("perplexity", "settings", "data", "training", "hardware")
     )
-    before, after, change = perplexity.before, perplexity.after, perplexity.change
+    before, after, change = perplexity.before, perplexity.after, results["perplexity"].get("change")
+    batch = settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS * hardware.processes
+    loss_on = "all tokens" if settings.TRAIN_ON_PROMPT else "the answers only"
     losses = {}  # step -> the log entries of that step, as one
     for entry in training.log_history:
         losses.setdefault(entry["step"], {}).update(entry)
-    # NLL of the held-out rows in nats, before and after: of all tokens, of the answers, and of the rest, the prompts
-    whole = [scores["tokens"] * math.log(scores["full_text"]) for scores in (before, after)]
-    answer = [scores["answer_tokens"] * math.log(scores["answer"] or 1) for scores in (before, after)]
-    prompt, prompt_tokens = [whole[0] - answer[0], whole[1] - answer[1]], before["tokens"] - before["answer_tokens"]
-    fall = whole[0] - whole[1] or math.inf
+    # all held-out tokens, those of the answers, and the rest, the prompts: their number, their NLL before and after
+    whole, answer = (
+        np.array([before[n], *(scores[n] * math.log(scores[figure] or 1) for scores in (before, after))])
+        for n, figure in (("tokens", "full_text"), ("answer_tokens", "answer"))
+    )
+    fall = whole[1] - whole[2]
     origin = [
-        (kind, f"{n:,}", one / max(n, 1), two / max(n, 1), f"{one - two:,.0f}", f"{(one - two) / fall:.0%}")
-        for kind, n, (one, two) in (
-            ("prompt", prompt_tokens, prompt),
-            ("answer", before["answer_tokens"], answer),
-            ("all", before["tokens"], whole),
-        )
+        (kind, f"{n:,.0f}", one / max(n, 1), two / max(n, 1), f"{one - two:,.0f}",
+         f"{(one - two) / fall:.0%}" if fall > 0 else None)
+        for kind, (n, one, two) in (("prompt", whole - answer), ("answer", answer), ("all", whole))
     ]  # fmt: skip
     kinds = {
         "answer": "answers only", "full_text": "full text", "seed_protocol": "reference protocol",
@@ -695,14 +818,15 @@ def write_report(results, path):
              f"{data.dropped_empty:,} without an answer, {data.dropped_duplicate:,} duplicates, "
              f"{data.dropped_malformed:,} malformed; cut at {settings.MAX_LENGTH} tokens: "
              f"{data.truncated_train_rows:,} training rows ({data.truncated_train_rows / data.train_rows:.0%})"),
-            ("LoRA", f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}: "
-             f"{training.trainable_parameters:,} trainable of {training.total_parameters:,} parameters"),
-            ("training", f"{training.steps:,} steps of {settings.BATCH_SIZE} x {settings.GRADIENT_ACCUMULATION_STEPS} "
-             f"x {hardware.processes} rows, learning rate {settings.LEARNING_RATE:g}, loss on "
-             f"{'all tokens' if settings.TRAIN_ON_PROMPT else 'the answers only'}"),
+            ("LoRA", f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}, on "
+             f"{settings.LORA_TARGET_MODULES or 'the default modules of PEFT'}: {training.trainable_parameters:,} "
+             f"trainable of {training.total_parameters:,} parameters"),
+            ("training", f"{training.steps:,} steps, {training.log_history[-1]['epoch']:.2f} epochs; {batch:,} rows a "
+             f"step; learning rate {settings.LEARNING_RATE:g}, linear, warm-up {settings.WARMUP_RATIO:.0%}; gradient "
+             f"norm at most {settings.MAX_GRAD_NORM:g}; seed {settings.SEED}; loss on {loss_on}"),
             ("time", f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
              f"{training.tokens_per_second:,.0f} a second"),
-            ("hardware", f"{hardware.name}, {hardware.precision}, {hardware.processes} process(es) of "
+            ("hardware", f"{hardware.name}, {hardware.precision}; processes: {hardware.processes}, each of "
              f"{hardware.threads} threads"),
             ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
         ),
@@ -712,42 +836,47 @@ def write_report(results, path):
             *((step, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss")))
               for step, entry in losses.items() if "eval_loss" in entry),
         ),
-        "In nats per token. Validation is the whole held-out split: step 0 the base model, the last line the saved "
-        "adapter. The training loss is the mean since the last log line.",
+        f"In nats per token, on {loss_on}. Validation is the whole held-out split: step 0 the base model, the last "
+        "line the saved adapter. The training loss is the mean since the last log line.",
         "![Training and validation loss](training_loss.png)",
         "## Perplexity on the held-out rows",
         table(
             ("", "before", "after", "change"),
             *((label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None)
               for key, label in kinds.items()),
-            ("answers, 95 % interval",
-             *("{:.2f} to {:.2f}".format(*scores["answer_ci95"] or (0, 0)) for scores in (before, after)), None),
+            ("answers, 95% interval", *("{:.2f} to {:.2f}".format(*x["answer_ci95"]) if x["answer_ci95"] else None
+                                        for x in (before, after)), None),
         ),
-        f"**Answers only** is what the model knows of medicine: {before['answer_tokens']:,} tokens after `[/INST]`. "
-        f"**Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same in every "
-        "row. The **reference protocol** is the mean over the first 100 rows of each row's mean loss. **Bits per "
-        "byte** doesn't depend on the tokenizer. The interval is a bootstrap over rows.",
-        change and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95 % "
+        f"**Answers only** is how well the model predicts the articles: {before['answer_tokens']:,} tokens after "
+        f"`[/INST]`. **Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same "
+        f"in every row. The **reference protocol** is exp of the mean of the rows' mean losses, over the first "
+        f"{min(100, data.test_rows)} rows. **Bits per byte** doesn't depend on the tokenizer. The interval is a "
+        "bootstrap over rows.",
+        change and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95% "
         f"interval {change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.0%} of "
         f"{change['rows']:,} rows.",
         "![Perplexity before and after](perplexity_comparison.png)",
         "## Where the improvement comes from",
         table(("tokens", "number", "nats/token before", "nats/token after", "fall in nats", "share"), *origin),
-        f"{origin[0][-1]} of the fall in loss is on the prompts, {prompt_tokens / before['tokens']:.0%} of the tokens "
-        f"and nearly the same in every row: learned by heart. {origin[1][-1]} is on the answers.",
+        f"The prompts, nearly the same in every row, are {1 - answer[0] / whole[0]:.0%} of the tokens. "
+        + (f"They account for {origin[0][-1]} of the fall in loss, the answers for {origin[1][-1]}." if fall > 0
+           else "The loss over all tokens did not fall."),
         "## The questions",
-        f"Asked in the format of the training rows; sampled at temperature {settings.TEMPERATURE:g} with seed "
-        f"{settings.SEED}, at most {settings.MAX_NEW_TOKENS} tokens, before and after alike.",
+        "Asked in the format of the training rows, "
+        + (f"sampled from the 50 likeliest tokens at temperature {settings.TEMPERATURE:g} with seed {settings.SEED}"
+           if settings.TEMPERATURE else "answered by the likeliest token each time")
+        + f", at most {settings.MAX_NEW_TOKENS} tokens; before and after alike. Where the data has an article on the "
+        "topic, its perplexity is given, and whether the model was trained on it.",
     ]  # fmt: skip
     for item in results["answers"]:
-        stats, own = (item["before_stats"], item["after_stats"]), item["reference"]
-        rows = [(key.replace("_", " "), *(x[key] for x in stats)) for key in stats[0] if key != "finished"]
-        rows.append(("ended by itself", *("yes" if x["finished"] else "no" for x in stats)))
-        if own:
-            label = f"perplexity of the data's own article ({own['split']} split)"
-            rows.append((label, own["perplexity_before"], own["perplexity_after"]))
+        own = item["reference"]
         parts += [f"### {item['topic']}", f"> {item['question']}", side_by_side(item["before"], item["after"])]
-        parts += [table(("", "before", "after"), *rows), None if own else "The data has no article of this title."]
+        parts += [f"{when.capitalize()}: {observations(item[f'{when}_stats'])}." for when in ("before", "after")]
+        parts += [
+            f"The data's own article ({'held out' if own['split'] == 'test' else 'trained on'}): perplexity "
+            f"{own['perplexity_before']:.2f} before, {own['perplexity_after']:.2f} after."
+            if own else "The data has no article of this title."
+        ]  # fmt: skip
     write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -757,6 +886,8 @@ MODEL_CARD = """\
 ---
 
 # LoRA adapter: {model} fine-tuned on {dataset}
+
+{what}
 
 None of what it writes is medical advice: a small language model states falsehoods fluently.
 
@@ -772,7 +903,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = {prompt!r}
 inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.7)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]).split("</s>")[0])
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer.split("</s>")[0])
 ```
 """
 
@@ -782,10 +914,16 @@ def write_model_card(results, path):
     before, after = results["perplexity"]["before"], results["perplexity"]["after"]
     names = {"model": short_name(results["model"]), "dataset": short_name(results["dataset"])}
     labels = {"answer": "Perplexity (answers)", "full_text": "Perplexity (full text)", "bits_per_byte": "Bits per byte"}
-    dataset = {"dataset_type": results["dataset"], "dataset_name": names["dataset"], "dataset_split": "test"}
+    settings, data = SimpleNamespace(**results["settings"]), SimpleNamespace(**results["data"])
+    dataset = {  # the Hub's data set has one split, of which a seeded share was held out
+        "dataset_type": results["dataset"] if results["dataset_revision"] else names["dataset"],
+        "dataset_name": names["dataset"], "dataset_split": "train", "dataset_revision": results["dataset_revision"],
+        "dataset_args": {"held_out": settings.TEST_SIZE, "seed": settings.SEED},
+    }  # fmt: skip
+    own_license = re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", results["model"])
     metadata = huggingface_hub.ModelCardData(
-        model_name=f"{names['model']}-medical-lora", language="en", library_name="peft", tags=["lora", "sft", "trl"],
-        license="mit" if re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", results["model"]) else "other",
+        model_name=f"{names['model']}-{names['dataset']}-lora", library_name="peft", tags=["lora", "sft", "trl"],
+        license="mit" if own_license else "other", license_name=None if own_license else "as-the-base-model",
         pipeline_tag="text-generation",
         base_model=results["model"] if results["model_revision"] else None,
         datasets=[results["dataset"]] if results["dataset_revision"] else None,
@@ -795,85 +933,18 @@ def write_model_card(results, path):
             for key, label in labels.items() if after[key]
         ],
     )  # fmt: skip
+    what = (
+        f"{results['training']['steps']:,} steps on {data.train_rows:,} rows, learning rate "
+        f"{settings.LEARNING_RATE:g}, r {settings.LORA_R}, alpha {settings.LORA_ALPHA}; scored on {data.test_rows:,} "
+        "rows that were held out."
+        + " Offline default: a tiny model and a small data set, no figure is GPT-2's." * results["offline_fallback"]
+    )
     rows = ((label, before[key], after[key]) for key, label in labels.items())
-    scores, prompt = table(("held-out rows", "before", "after"), *rows), format_prompt("What is Anthrax?")
-    write_text(path, MODEL_CARD.format(metadata=metadata.to_yaml(), scores=scores, prompt=prompt, **names))
-
-
-def merge_adapter(model, tokenizer, folder):
-    """Write a plain fp32 model folder with the adapter merged in, once its logits are the adapter's."""
-    ids = torch.arange(8, device=model.device)[None]
-    with torch.no_grad():
-        expected = model(input_ids=ids).logits
-        merged = model.merge_and_unload()
-        same = torch.allclose(merged(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
-    assert same, "merging the adapter changed the logits"
-    save_folder(folder, merged.save_pretrained, tokenizer.save_pretrained)
-
-
-def save_folder(folder, *savers):
-    """Let `savers` write a folder that appears whole or not at all."""
-    part = Path(f"{folder}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    for save in savers:
-        save(part)
-    part.rename(folder)
-
-
-def write_text(path, text):
-    """Write a file that appears whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
-
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    scores, prompt = table(("held-out rows", "before", "after"), *rows), results["answers"][0]["prompt"]
+    write_text(path, MODEL_CARD.format(metadata=metadata.to_yaml(), what=what, scores=scores, prompt=prompt, **names))
 
 
 # --------------------------------------------------------------------------------------------- settings and machine
-
-
-def process_rank():
-    """This process's rank and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def on_first(function):
-    """What `function` returns on the first process, for every process."""
-    rank, processes = process_rank()
-    result = [function() if rank == 0 else None]
-    if processes > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
-
-
-def say(message):
-    """A line on the screen, from the first process alone."""
-    if process_rank()[0] == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
-
-
-def last_line(error):
-    """The last line of what an exception says, of its innermost cause."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def is_local(name):
-    """Whether a model or data set name is a path rather than a Hub id such as `gpt2` or `owner/name`."""
-    is_file_name = re.search(r"\.(jsonl?|csv|parquet|txt|gz)$", name)
-    return Path(name).exists() or bool(is_file_name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-
-
-def digest(path):
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_settings(cfg):
@@ -884,10 +955,12 @@ def check_settings(cfg):
     def share(x): return number(x) and 0 <= x < 1  # noqa: E704
 
     rules = (
-        ("MODEL_NAME DATASET_NAME OUTPUT_DIR REPORT_TO", name, "a name"),
+        ("MODEL_NAME DATASET_NAME OUTPUT_DIR", name, "a name"),
+        ("REPORT_TO", TRACKERS.__contains__, " or ".join(map(repr, TRACKERS))),
         ("MODEL_REVISION DATASET_REVISION", lambda x: x is None or name(x), "None, or a commit, tag or branch"),
         ("OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED", lambda x: type(x) is bool, "True or False"),
-        ("MAX_LENGTH LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS", whole,
+        ("MAX_LENGTH", lambda x: whole(x) and x > 1, "a whole number from 2"),
+        ("LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS", whole,
          "a whole number from 1"),
         ("SEED", lambda x: x == 0 and type(x) is int or whole(x), "a whole number from 0"),
         ("MAX_STEPS", lambda x: x == -1 or whole(x), "-1, or a whole number from 1"),
@@ -905,9 +978,8 @@ def check_settings(cfg):
         for constant in names.split():
             if not test(getattr(cfg, constant)):
                 raise InputError(f"{constant} = {getattr(cfg, constant)!r}: must be {wanted}; edit it in the script")
-    for tracker in set(cfg.REPORT_TO.split(",")) - {"none"}:
-        if importlib.util.find_spec(tracker) is None:
-            raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: {tracker} isn't installed; pip install it, or use 'none'")
+    if cfg.REPORT_TO != "none" and importlib.util.find_spec(cfg.REPORT_TO) is None:
+        raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: not installed; pip install {cfg.REPORT_TO}, or use 'none'")
     try:
         probe = Path(cfg.OUTPUT_DIR, f".writable-{os.getpid()}")
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -942,7 +1014,8 @@ def choose_hardware():
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL(None).mallopt(parameter, value)
     if processes > 1:  # torchrun sets one thread
-        torch.set_num_threads(max(1, psutil.cpu_count(logical=False) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        cores = psutil.cpu_count(logical=False) or os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
     return "cpu", "bf16" if has_bf16("cpu") else "fp32", name
 
@@ -950,17 +1023,10 @@ def choose_hardware():
 def needs_checkpointing(model, batch_size, length):
     """Whether a step's activations, kept, would fill the free memory: recomputing them costs a third more time."""
     config = model.config
-    per_token = 34 * config.hidden_size + 5 * config.num_attention_heads * length  # bytes per layer in 16 bits
+    heads = getattr(config, "num_attention_heads", 0)
+    per_token = 34 * config.hidden_size + 5 * heads * length  # bytes per layer in 16 bits
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
     return batch_size * length * config.num_hidden_layers * per_token > 0.6 * free
-
-
-def quiet_libraries():
-    """Keep off the screen what a user can do nothing about; the warnings of torch and of the data stay."""
-    for library in (transformers, datasets):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
 
 
 # -------------------------------------------------------------------------------------------------------- the inputs
@@ -981,13 +1047,11 @@ def probe_hub(cfg):
         except errors.RevisionNotFoundError as error:
             raise InputError(f"{constant}_REVISION: {name} has no {revision!r}; None takes the newest") from error
         except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            message = f"{constant}_NAME: the Hub has no {name!r} that you may read; check it, or `hf auth login`"
-            raise InputError(message) from error
+            raise InputError(f"{constant}_NAME: the Hub has no {name!r} that you may read; `hf auth login`?") from error
         except errors.HfHubHTTPError as error:
             status = error.response.status_code
             if status in (401, 403):
-                message = f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login` first"
-                raise InputError(message) from error
+                raise InputError(f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login`") from error
             return f"it answered {status}"
         except (huggingface_hub.utils.httpx.RequestError, errors.OfflineModeIsEnabled, ValueError) as error:
             return f"{type(error).__name__}: {last_line(error)}"
@@ -1020,38 +1084,31 @@ def load_inputs(cfg):
             raise InputError(f"MODEL_NAME: {name} is no model folder: it has no config.json")
         if not any(Path(name).glob("*.safetensors")):
             raise InputError(f"MODEL_NAME: {name} has no .safetensors weights, and pickled ones aren't loaded")
+    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
+    constant = "MODEL_NAME"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         model = load_model(name, revision, dropout=cfg.BASE_DROPOUT)
+        if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
+            raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer (tokenizer.json) and an end-of-sequence token")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        constant, name = "DATASET_NAME", cfg.DATASET_NAME
+        return model, tokenizer, *load_splits(name, cfg.DATASET_REVISION, **kwargs)
+    except InputError:
+        raise
     except Exception as error:
         if offline and not is_local(name) and isinstance(error, OSError):
             raise LookupError(f"{name} is not in the cache") from error
-        raise InputError(f"MODEL_NAME: {name} can't be loaded: {str(error).strip().splitlines()[0]}") from error
-    if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
-        raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer (tokenizer.json) with an end-of-sequence token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
-    try:
-        return model, tokenizer, *load_splits(cfg.DATASET_NAME, cfg.DATASET_REVISION, **kwargs)
-    except (OSError, datasets.exceptions.DatasetNotFoundError) as error:
-        if offline and not is_local(cfg.DATASET_NAME):
-            raise LookupError(f"{cfg.DATASET_NAME} is not in the cache") from error
-        raise InputError(f"DATASET_NAME: {cfg.DATASET_NAME} can't be loaded: {last_line(error)}") from error
-
-
-def model_commit(name, revision):
-    """The commit of a Hub model that has been loaded, None for a local folder."""
-    if is_local(name):
-        return None
-    return Path(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)).parent.name
+        raise InputError(f"{constant}: {name} can't be loaded: {last_line(error)}") from error
 
 
 def run_folder(cfg, commit, train, test):
-    """The run's folder, named after the model and a hash of all that its figures depend on."""
+    """The run's folder, named after the model and a hash of settings, prompt, weights and data."""
     weights = commit or [digest(file) for file in sorted(Path(cfg.MODEL_NAME).glob("*.safetensors"))]
     ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
     identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
-    identity |= {"weights": weights, "train": train["text"][:], "test": test["text"][:], "processes": process_rank()[1]}
+    identity |= {"weights": weights, "prompt": PROMPT, "processes": process_rank()[1]}
+    identity |= {"train": train["text"][:], "test": test["text"][:]}
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return Path(cfg.OUTPUT_DIR, f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(cfg.MODEL_NAME).name)}-{key}")
 
@@ -1067,33 +1124,30 @@ def lock_run(run):
     return lock
 
 
-def program(main):
-    """Wrap `main`: what the user can mend ends with one line on stderr and an exit code, without a traceback."""
-
-    @functools.wraps(main)
-    def wrapped():
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        try:
-            return main()
-        except InputError as error:
-            code, message = 2, f"error: {error}"
-        except KeyboardInterrupt:
-            code, message = 130, f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
-        except Exception as error:  # torch and safetensors don't pass the error number on
-            folder = next(path for path in Path(OUTPUT_DIR, "x").absolute().parents if path.is_dir())
-            if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
-                raise
-            code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
-        finally:
-            set_offline(offline)
-        if os.environ.get("RANK", "0") == "0":
-            print(message, file=sys.stderr)
-        raise SystemExit(code)
-
-    return wrapped
+@contextlib.contextmanager
+def one_line_errors():
+    """Around `main`: what the user can mend ends with one line on stderr and an exit code, without a traceback."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    try:
+        yield
+        return
+    except InputError as error:
+        code, message = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
+    except Exception as error:  # torch and safetensors don't pass the error number on
+        folder = next(path for path in Path(OUTPUT_DIR, "x").absolute().parents if path.is_dir())
+        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
+            raise
+        code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
+    finally:
+        set_offline(offline)
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    raise SystemExit(code)
 
 
-@program
+@one_line_errors()
 def main():
     """The whole story, in order; returns the run's folder."""
     # settings and machine: all that can be checked before anything takes time
@@ -1104,7 +1158,10 @@ def main():
     if "WORLD_SIZE" in os.environ:
         PartialState(cpu=device == "cpu")  # joins the processes
     rank, processes = process_rank()
-    quiet_libraries()
+    for library in (transformers, datasets):  # what a user can do nothing about; warnings of torch and the data stay
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
     say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware_name}, {device}, {precision}, {processes} process(es)")
 
     # model, tokenizer and data: local, from the Hub, from its cache, or else the offline default
@@ -1127,8 +1184,11 @@ def main():
         shipped = Path(__file__).resolve().parent
         cfg.MODEL_NAME, cfg.DATASET_NAME = str(shipped / cfg.MODEL_NAME), str(shipped / cfg.DATASET_NAME)
         model, tokenizer, train, test, counts = load_inputs(cfg)
-    set_offline(True)  # from here on nothing is fetched or sent
-    commit = model_commit(cfg.MODEL_NAME, cfg.MODEL_REVISION)
+    set_offline(True)  # from here on the Hub is left alone
+    commit = None
+    if not is_local(cfg.MODEL_NAME):  # the cached snapshot that it was loaded from
+        config = huggingface_hub.try_to_load_from_cache(cfg.MODEL_NAME, "config.json", revision=cfg.MODEL_REVISION)
+        commit = Path(config).parent.name
     model.to(device)
     say(
         f"data: {counts['rows']:,} rows; dropped {counts['dropped_empty']:,} without an answer, "
@@ -1145,6 +1205,8 @@ def main():
             f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS}, "
             f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
         )
+    if cfg.MAX_LENGTH <= longest and not cfg.TRAIN_ON_PROMPT:
+        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the prompts take {longest} tokens")
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=cfg.LORA_R, lora_alpha=cfg.LORA_ALPHA, lora_dropout=cfg.LORA_DROPOUT,
         target_modules=cfg.LORA_TARGET_MODULES, revision=commit,
@@ -1152,7 +1214,7 @@ def main():
     )  # fmt: skip
     try:
         with torch.device("meta"):  # costs nothing, and PEFT judges the settings now rather than after the baseline
-            shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), LoraConfig(**lora.to_dict()))
+            shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), copy.deepcopy(lora))
     except ValueError as error:
         raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: {str(error).splitlines()[0]}") from error
     if isinstance(shell.get_output_embeddings(), BaseTunerLayer):
@@ -1177,13 +1239,14 @@ def main():
         titles |= {x.group(1).casefold(): (split, text) for x, text in zip(found, rows["text"], strict=True) if x}
     articles = {topic: titles[topic.casefold()] for topic in cfg.QUESTIONS if topic.casefold() in titles}
 
+    scoring = {"max_length": cfg.MAX_LENGTH, "dtype": dtype}
+
     def measure(model, name):
         """Score and ask a model, the same way before and after; kept in checkpoints/<name>.json."""
         path, began = checkpoints / f"{name}.json", time.monotonic()
         if not on_first(path.exists):
-            kwargs = {"max_length": cfg.MAX_LENGTH, "dtype": dtype}
-            rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **kwargs)
-            own = score_rows(model, tokenizer, [text for _, text in articles.values()], **kwargs)
+            rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **scoring)
+            own = score_rows(model, tokenizer, [text for _, text in articles.values()], **scoring)
             asked = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
             asked |= {"dtype": dtype, "with_finished": True}
             answers = on_first(lambda: generate_answers(model, tokenizer, questions, **asked))
@@ -1215,16 +1278,14 @@ def main():
             save_total_limit=2, report_to=cfg.REPORT_TO, include_num_input_tokens_seen="non_padding",
             use_cpu=device == "cpu", bf16=precision == "bf16", fp16=precision == "fp16",
             gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
-            pad_to_multiple_of=shape_step(cfg.MAX_LENGTH), dataloader_pin_memory=device == "cuda",
+            pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH), dataloader_pin_memory=device == "cuda",
             ddp_find_unused_parameters=False,
         )  # fmt: skip
 
-        def validate(model):
-            return mean_nll(score_rows(model, tokenizer, texts, max_length=cfg.MAX_LENGTH, dtype=dtype))
-
         trainer = LoRATrainer(
             model=model, args=sft_config, train_dataset=tokens, processing_class=tokenizer, peft_config=lora,
-            eval_dataset=tokens.select([0]), validate=validate,  # which has its own rows
+            eval_dataset=tokens.select([0]),  # a stand-in: it validates on `texts`
+            validate=lambda model: mean_nll(score_rows(model, tokenizer, texts, **scoring)),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=on_first(lambda: newest_checkpoint(checkpoints)))
         if rank == 0:
@@ -1258,18 +1319,17 @@ def main():
     history = training["log_history"]
     history.insert(0, {"step": 0, "epoch": 0.0, "eval_loss": mean_nll(before["rows"])})
     history.append({"step": training["steps"], "epoch": history[-1]["epoch"], "eval_loss": mean_nll(after["rows"])})
-    answers = []
+    answers, own = [], {}
+    for topic, one, two in zip(articles, before["articles"], after["articles"], strict=True):
+        if one[3]:  # tokens of its answer
+            perplexity = {"perplexity_before": math.exp(one[2] / one[3]), "perplexity_after": math.exp(two[2] / two[3])}
+            own[topic] = {"split": articles[topic][0], **perplexity}
     for i, (topic, question) in enumerate(cfg.QUESTIONS.items()):
         (one, one_ended), (two, two_ended) = before["answers"][i], after["answers"][i]
-        own = None
-        if topic in articles:
-            n = list(articles).index(topic)
-            perplexity = [math.exp(x["articles"][n][2] / max(x["articles"][n][3], 1)) for x in (before, after)]
-            own = {"split": articles[topic][0], "perplexity_before": perplexity[0], "perplexity_after": perplexity[1]}
         answers.append({
             "topic": topic, "question": question, "prompt": prompts[i], "before": one, "after": two,
             "before_stats": answer_stats(one, finished=one_ended), "after_stats": answer_stats(two, finished=two_ended),
-            "reference": own,
+            "reference": own.get(topic),
         })  # fmt: skip
     if fallback:
         cfg.MODEL_NAME, cfg.DATASET_NAME = OFFLINE_SETTINGS["MODEL_NAME"], OFFLINE_SETTINGS["DATASET_NAME"]
@@ -1289,20 +1349,28 @@ def main():
     }  # fmt: skip
     if not (run / "results.json").exists():
         write_json(run / "results.json", results)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     scores, title = results["perplexity"], f"{short_name(cfg.MODEL_NAME)} on {short_name(cfg.DATASET_NAME)}"
-    plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}")
+    title += " (offline default)" * fallback
+    loss_on = "all tokens" if cfg.TRAIN_ON_PROMPT else "the answers only"
+    plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}", loss_on=loss_on)
     plot = run / "perplexity_comparison.png"
-    plot_perplexity(scores["before"], scores["after"], plot, title=f"Held-out perplexity: {title}")
+    plot_perplexity(scores["before"], scores["after"], plot, title=f"{len(texts):,} held-out rows: {title}")
     write_model_card(results, adapter / "README.md")
     write_report(results, run / "report.md")
     if cfg.SAVE_MERGED and not (run / "merged").exists():
-        merge_adapter(model, tokenizer, run / "merged")
+        ids = torch.arange(8, device=device)[None]
+        with torch.no_grad():
+            logits, merged = model(input_ids=ids).logits, model.merge_and_unload()
+            same = torch.allclose(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
+        assert same, "merging the adapter changed the logits"
+        save_folder(run / "merged", merged.save_pretrained, tokenizer.save_pretrained)
 
     say(f"\n{'perplexity, held-out rows':26}{'before':>10}{'after':>10}{'change':>10}")
     for label, key in (("answers only", "answer"), ("full text", "full_text"), ("reference protocol", "seed_protocol")):
         old, new = (scores[when][key] or math.nan for when in ("before", "after"))
         say(f"{label:26}{old:10.2f}{new:10.2f}{new / old - 1:+10.1%}")
-    say(f"\nwrote {run}/: {', '.join(names[:-1])}, adapter/{', merged/' * cfg.SAVE_MERGED}".rstrip(", "))
+    say(f"\nwrote {run}/: {', '.join(names[:-1])}, adapter/{', merged/' * cfg.SAVE_MERGED}")
     lock.release()
     return run
 

@@ -40,7 +40,9 @@ PIECES = {
     "+ base dropouts off": {"bf16", "no dropout"},
     "+ fused GELU": {"bf16", "no dropout", "fused gelu"},
     "+ freed memory kept": {"bf16", "no dropout", "fused gelu", "allocator"},
-    "+ loss in chunks (ours)": TRAINING["ours"],
+    "+ loss in chunks, frozen weights in bf16, padded shapes": TRAINING["ours"] | {"stock attention", "stock dropout"},
+    "+ LoRA's dropout from fewer draws": TRAINING["ours"] | {"stock attention"},
+    "+ attention by matrix products (ours)": TRAINING["ours"],
     "ours in fp32": TRAINING["ours"] - {"bf16"},
     "ours, eager attention": TRAINING["ours"] | {"eager"},
     "ours, 2 x 8 rows": TRAINING["ours"] | {"2 x 8"},
@@ -110,8 +112,13 @@ def measure_training(variant, steps, texts=None):
         bf16="bf16" in variant and precision == "bf16", gradient_checkpointing="checkpointing" in variant,
         use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", disable_tqdm=True,
         include_num_input_tokens_seen="non_padding", logging_steps=1000,
+        pad_to_multiple_of=script.SHAPE_STEP if "own loss" in variant else None,
     )  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
+    if "stock attention" in variant:
+        script.use_causal_attention = lambda base: None
+    if "stock dropout" in variant:
+        script.fast_dropout = torch.nn.Dropout.forward
     model, clock = make_model(variant), Clock()
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **more

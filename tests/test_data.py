@@ -106,7 +106,7 @@ BAD_SETTINGS = [
     ("GRADIENT_ACCUMULATION_STEPS", 0, None), ("WARMUP_RATIO", -0.1, None), ("MAX_GRAD_NORM", -1, None),
     ("LOGGING_STEPS", 0, None), ("EVAL_STEPS", 0.5, None), ("TRAIN_ON_PROMPT", 1, None), ("BASE_DROPOUT", 1.0, None),
     ("QUESTIONS", {}, None), ("QUESTIONS", {"a": ""}, None), ("TEMPERATURE", -1, None),
-    ("REPORT_TO", "nonesuch", "isn't installed"),
+    ("REPORT_TO", "numpy", "must be 'none' or 'tensorboard'"),
 ]  # fmt: skip
 
 
@@ -119,6 +119,11 @@ def expect_error(monkeypatch, capsys, tmp_path, message, **changes):
     assert stop.value.code == 2
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
     assert not list(tmp_path.glob("out/*/*"))
+
+
+def test_a_tracker_that_is_not_there_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    expect_error(monkeypatch, capsys, tmp_path, "not installed; pip install wandb", REPORT_TO="wandb")
 
 
 @pytest.mark.parametrize("name, value, message", BAD_SETTINGS)

@@ -133,6 +133,9 @@ def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
     with torch.no_grad():
         assert torch.allclose(generator.model(ids).logits, adapter(input_ids=ids).logits, atol=1e-3)
     assert not list((short_run / "merged").glob("adapter*"))
+    prompt = script.format_prompt("What is a fever?")
+    (told,) = generator(prompt, max_new_tokens=4, do_sample=False)
+    assert told["generated_text"].startswith(prompt) and len(told["generated_text"]) > len(prompt)
 
 
 def test_the_model_cards_snippet_runs_as_printed(short_run, monkeypatch, capsys):
@@ -160,9 +163,10 @@ def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_ru
     assert script.main() == short_run
     assert "finished" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in short_run.rglob("*") if path.is_file()}
-    monkeypatch.setattr(script, "SEED", 43)
-    with pytest.raises(TypeError):
-        script.main()
+    for name, value in (("SEED", 43), ("PROMPT", "[INST] {question} [/INST]")):
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(script, name, value)
+            script.main()
     assert len(list(short_run.parent.iterdir())) == 2
 
 

@@ -117,6 +117,54 @@ def test_scoring_and_asking_leave_the_model_as_it_was(tiny, rows):
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
     assert model.get_output_embeddings().weight is head is model.get_input_embeddings().weight
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("n, past, key_heads", [(40, 0, 6), (40, 24, 6), (40, 24, 2), (33, 7, 3), (5, 0, 1), (1, 9, 6)])
+def test_causal_attention_is_softmax_over_what_came_before(monkeypatch, n, past, key_heads):
+    monkeypatch.setattr(script, "ATTENTION_BLOCK", 16)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, m, 8) for h, m in ((6, n), (key_heads, n + past), (key_heads, n + past)))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    expected = torch.zeros(2, n, 6, 8)
+    for h in range(6):
+        for i in range(n):
+            k, v = (x[:, h * key_heads // 6, : past + i + 1] for x in (key, value))
+            weights = torch.softmax(0.3 * (k * query[:, h, i, None]).sum(-1), -1)
+            expected[:, i, h] = (weights[..., None] * v).sum(1)
+    output, _ = script.causal_attention(None, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    wanted, found = (torch.autograd.grad(x.square().sum(), inputs) for x in (expected, output))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_attention_is_switched_for_scoring_alone_and_only_where_it_is_faster(tiny, rows, monkeypatch, amx):
+    model, tokenizer = tiny
+    calls, real = [], script.causal_attention
+    monkeypatch.setattr(script, "causal_attention", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
+    scores = evaluate_perplexity(model, tokenizer, rows[1][:4], max_length=300)
+    assert bool(calls) is not amx and model.config._attn_implementation == "sdpa"
+    ids = [tokenizer(text, truncation=True, max_length=300)["input_ids"] for text in rows[1][:4]]
+    nll = torch.cat([plain_nll(model, row) for row in ids])
+    assert scores["full_text"] == pytest.approx(nll.double().mean().exp().item(), rel=1e-5)
+
+
+def test_fast_dropout_drops_as_torchs_does():
+    dropout, x = torch.nn.Dropout(0.1), torch.ones(1001, 999)
+    torch.manual_seed(0)
+    y = script.fast_dropout(dropout, x)
+    assert sorted(set(y.unique().tolist())) == pytest.approx([0, 1 / 0.9])
+    for dim in (0, 1):  # no row, no column and no neighbour is favoured
+        assert (y == 0).float().mean(dim).sub(0.1).abs().max() < 0.05
+    dropped = (y == 0).float()
+    assert dropped.mean().item() == pytest.approx(0.1, abs=1e-3)
+    assert (dropped[:, 1:] * dropped[:, :-1]).mean().item() == pytest.approx(0.01, abs=1e-3)
+    assert not torch.equal(y, script.fast_dropout(dropout, x))
+    torch.manual_seed(0)
+    assert torch.equal(y, script.fast_dropout(dropout, x))
+    assert script.fast_dropout(dropout.eval(), x) is x
 
 
 def test_the_reference_protocol_is_the_first_hundred_rows(tiny, rows):
