@@ -25,7 +25,6 @@ VARIANTS = {
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "1,024 tokens, half the rows a step, a third more steps": {"MAX_LENGTH": 1024, "BATCH_SIZE": 2},
-    "learning rate 1e-3, all linear layers": {"LEARNING_RATE": 1e-3, "LORA_TARGET_MODULES": "all-linear"},
 }
 
 

@@ -407,6 +407,17 @@ def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
     lock.release()
 
 
+def test_the_ablation_prints_the_untouched_model_and_each_variant(tmp_path):
+    command = [sys.executable, "ablation.py", "tiny_gpt2", "medical_terms.jsonl", "--steps", "2", "--only", "3e-3"]
+    run = subprocess.run([*command, "--output-dir", tmp_path], cwd=TESTS, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["untouched model", "learning rate 3e-3"]
+    assert float(lines[1][1]) < float(lines[0][1])
+    (results,) = (read(folder) for folder in tmp_path.iterdir())
+    assert results["training"]["steps"] == 2 and lines[1][1] == f"{results['perplexity']['after']['answer']:.2f}"
+
+
 def test_two_processes_give_the_figures_of_one(short_run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731")
     process = start(tmp_path / "out", launcher=launcher, GRADIENT_ACCUMULATION_STEPS=1)
