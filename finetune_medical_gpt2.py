@@ -106,7 +106,7 @@ SETTINGS = [name for name in globals() if name.isupper()]
 OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
     "MODEL_NAME": "tests/tiny_gpt2", "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
-    "NUM_EPOCHS": 3, "LEARNING_RATE": 2.5e-3, "EVAL_STEPS": 20,
+    "NUM_EPOCHS": 8, "LEARNING_RATE": 1e-3, "EVAL_STEPS": 40,
 }  # fmt: skip
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 CHECKPOINT_MINUTES = 2
