@@ -1279,7 +1279,7 @@ def main():
             lr_scheduler_type="linear", warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
             max_grad_norm=cfg.MAX_GRAD_NORM, logging_steps=cfg.LOGGING_STEPS, logging_nan_inf_filter=False,
             eval_strategy="steps", eval_steps=cfg.EVAL_STEPS, save_strategy="steps", save_steps=cfg.EVAL_STEPS,
-            save_total_limit=2, report_to=cfg.REPORT_TO, include_num_input_tokens_seen="non_padding",
+            save_total_limit=2, report_to=cfg.REPORT_TO, run_name=run.name, include_num_input_tokens_seen="non_padding",
             use_cpu=device == "cpu", bf16=precision == "bf16", fp16=precision == "fp16",
             gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
             pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH), dataloader_pin_memory=device == "cuda",
