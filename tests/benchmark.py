@@ -51,10 +51,10 @@ PIECES = {
 MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50257 * 768  # of the blocks and the LM head
 
 
-def make_tokenizer():
-    """50,257 words, among them those of the prompt; as fast a tokenizer as GPT-2's, and without its files."""
+def make_tokenizer(size=50257):
+    """A word for each token, among them those of the prompt; as fast a tokenizer as GPT-2's, and without its files."""
     words = dict.fromkeys(["<|endoftext|>", *script.format_prompt("What is this ?").split(), "</s>"])
-    words |= dict.fromkeys(f"w{i}" for i in range(50257 - len(words)))
+    words |= dict.fromkeys(f"w{i}" for i in range(size - len(words)))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
