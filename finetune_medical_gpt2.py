@@ -841,7 +841,8 @@ def write_report(results, path):
               for step, entry in losses.items() if "eval_loss" in entry),
         ),
         f"In nats per token, on {loss_on}. Validation is the whole held-out split: step 0 the base model, the last "
-        "line the saved adapter. The training loss is the mean since the last log line.",
+        "line the saved adapter. The training loss is the mean over the steps since it was last logged, every "
+        f"{settings.LOGGING_STEPS}; the plot shows them all.",
         "![Training and validation loss](training_loss.png)",
         "## Perplexity on the held-out rows",
         table(
@@ -853,9 +854,8 @@ def write_report(results, path):
         ),
         f"**Answers only** is how well the model predicts the articles: {before['answer_tokens']:,} tokens after "
         f"`[/INST]`. **Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same "
-        f"in every row. The **reference protocol** is exp of the mean of the rows' mean losses, over the first "
-        f"{min(100, data.test_rows)} rows. **Bits per byte** doesn't depend on the tokenizer. The interval is a "
-        "bootstrap over rows.",
+        "in every row. The **reference protocol** is exp of the mean of the rows' mean losses, over the first 100 rows "
+        "at most. **Bits per byte** can be compared between tokenizers. The interval is a bootstrap over rows.",
         change and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95% "
         f"interval {change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.0%} of "
         f"{change['rows']:,} rows.",
@@ -877,7 +877,7 @@ def write_report(results, path):
         parts += [f"### {item['topic']}", f"> {item['question']}", side_by_side(item["before"], item["after"])]
         parts += [f"{when.capitalize()}: {observations(item[f'{when}_stats'])}." for when in ("before", "after")]
         parts += [
-            f"The data's own article ({'held out' if own['split'] == 'test' else 'trained on'}): perplexity "
+            f"The data's own article ({'held out' if own['split'] == 'test' else 'trained on'}): answer perplexity "
             f"{own['perplexity_before']:.2f} before, {own['perplexity_after']:.2f} after."
             if own else "The data has no article of this title."
         ]  # fmt: skip
