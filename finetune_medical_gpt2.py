@@ -20,6 +20,7 @@ import copy
 import ctypes
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -110,7 +111,7 @@ SETTINGS = [name for name in globals() if name.isupper()]
 OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
     "MODEL_NAME": "tests/tiny_gpt2", "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
-    "NUM_EPOCHS": 8, "LEARNING_RATE": 1e-3, "EVAL_STEPS": 40,
+    "NUM_EPOCHS": 8, "LEARNING_RATE": 2e-3, "EVAL_STEPS": 40,
 }  # fmt: skip
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 CHECKPOINT_MINUTES = 2
@@ -179,12 +180,16 @@ def digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sync(path):
+    """Have a written file on the disk, and not only on its way there: a power cut may follow."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
 def write_text(path, text):
     """Write a file that appears whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    sync(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -198,6 +203,8 @@ def save_folder(folder, *savers):
     shutil.rmtree(part, ignore_errors=True)
     for save in savers:
         save(part)
+    for path in filter(Path.is_file, part.rglob("*")):
+        sync(path)
     part.rename(folder)
 
 
@@ -230,6 +237,8 @@ def read_texts(source, revision=None):
             which = {"path": kind[1:], "data_files": str(path)} if local else {"path": source, "revision": revision}
             data = datasets.load_dataset(**which, split="train")
             columns, commit = data.column_names, re.search(r"\b[0-9a-f]{40}\b", data.cache_files[0]["filename"])
+            if commit and re.fullmatch("[0-9a-f]{40}", revision or "") and commit.group() != revision:
+                raise ConnectionError(f"only {commit.group()} is in the cache")  # which it takes when offline
     except Exception as error:
         if not local:
             raise
@@ -336,7 +345,7 @@ def head_weight(base, dtype):
     with torch.no_grad():
         logits = type(base).forward(base, input_ids=ids).logits
         plain = base.base_model(input_ids=ids).last_hidden_state @ weight.T
-    if logits.shape != plain.shape or not torch.allclose(logits, plain, rtol=1e-2, atol=1e-2):
+    if logits.shape != plain.shape or not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
         return None
     return weight.T if dtype == torch.float32 else (weight - weight.mean(0)).T.to(dtype).contiguous()
 
@@ -451,10 +460,8 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
             if known:
                 past.batch_repeat_interleave(len(part))
             nll = label_nll(base, head, labels.clamp(min=0), labels, past).cpu().double()
-            for i, row in zip(part, nll.split([len(rows[i][0]) - known - 1 for i in part]), strict=True):
+            for i, row in zip(part, nll.split([max(len(rows[i][0]) - known - 1, 0) for i in part]), strict=True):
                 row = torch.cat([prompt_nll, row]) if known else row
-                if not row.isfinite().all():
-                    raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
                 answer = row[max(rows[i][1] - 1, 0) :]
                 scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
             bar.update(sum(len(rows[i][0]) for i in part))
@@ -462,6 +469,9 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
         gathered = [None] * processes
         dist.all_gather_object(gathered, scored)
         scored = sum(gathered, [])
+    for i, nll, *_ in scored:  # only now, for all processes to end alike
+        if not math.isfinite(nll):
+            raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
     return np.array(sorted(scored), dtype=np.float64).reshape(-1, 6)[:, 1:]
 
 
@@ -547,9 +557,9 @@ def generate_answers(
     `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
     dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
-    prompts = [format_prompt(question) for question in questions]
-    inputs = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    width, eos = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    prompts = [torch.tensor(tokenizer(format_prompt(question))["input_ids"]) for question in questions]
+    prompts = torch.nn.utils.rnn.pad_sequence(prompts, True, -1, padding_side="left").to(model.device)
+    width, eos = prompts.shape[1], model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     bar = tqdm(total=max_new_tokens, desc="  answering", unit=" tokens", leave=False)
 
@@ -567,8 +577,8 @@ def generate_answers(
     with torch.random.fork_rng(devices), bar, inference(model, dtype) as (base, _), weights_first(base):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id, stopping_criteria=[ended], do_sample=False,
+            input_ids=prompts.clamp(min=0), attention_mask=(prompts >= 0).long(), max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id, stopping_criteria=[ended], do_sample=False,
             logits_processor=[draw] * bool(temperature),
         )  # fmt: skip
     answers = []
@@ -713,6 +723,7 @@ def figure(path, title, ylabel):
         fig.tight_layout()
         fig.savefig(f"{path}.tmp", format="png", dpi=150)
         plt.close(fig)
+    sync(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -788,6 +799,7 @@ def write_report(results, path):
         SimpleNamespace(**results[key]) for key in ("perplexity", "settings", "data", "training", "hardware")
     )
     before, after, change = perplexity.before, perplexity.after, results["perplexity"].get("change")
+    clip = f"at most {settings.MAX_GRAD_NORM:g}" if settings.MAX_GRAD_NORM else "not limited"
     batch = settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS * hardware.processes
     loss_on = "all tokens" if settings.TRAIN_ON_PROMPT else "the answers only"
     losses = {}  # step -> the log entries of that step, as one
@@ -827,7 +839,7 @@ def write_report(results, path):
              f"trainable of {training.total_parameters:,} parameters"),
             ("training", f"{training.steps:,} steps, {training.log_history[-1]['epoch']:.2f} epochs; {batch:,} rows a "
              f"step; learning rate {settings.LEARNING_RATE:g}, linear, warm-up {settings.WARMUP_RATIO:.0%}; gradient "
-             f"norm at most {settings.MAX_GRAD_NORM:g}; seed {settings.SEED}; loss on {loss_on}"),
+             f"norm {clip}; seed {settings.SEED}; loss on {loss_on}"),
             ("time", f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
              f"{training.tokens_per_second:,.0f} a second"),
             ("hardware", f"{hardware.name}, {hardware.precision}; processes: {hardware.processes}, each of "
@@ -991,7 +1003,8 @@ def check_settings(cfg):
         probe.unlink()
     except OSError as error:
         raise InputError(f"OUTPUT_DIR = {cfg.OUTPUT_DIR!r}: no folder to write to ({error.strerror})") from error
-    launched = max(int(os.environ.get(name, 1)) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"))
+    launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    launched = max(int(os.environ.get(name, 1)) for name in launchers)
     if launched > 1 and "WORLD_SIZE" not in os.environ:
         raise InputError(f"{launched} processes that don't know of each other: start them with torchrun")
 
@@ -1026,7 +1039,7 @@ def choose_hardware():
 
 def needs_checkpointing(model, batch_size, length):
     """Whether a step's activations, kept, would fill the free memory: recomputing them costs a third more time."""
-    config = model.config
+    config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     per_token = 34 * config.hidden_size + 5 * heads * length  # bytes per layer in 16 bits
     free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
@@ -1107,13 +1120,13 @@ def load_inputs(cfg):
 
 
 def run_folder(cfg, commit, train, test):
-    """The run's folder, named after the model and a hash of settings, prompt, weights and data."""
-    weights = commit or [digest(file) for file in sorted(Path(cfg.MODEL_NAME).glob("*.safetensors"))]
+    """The run's folder, named after the model and a hash of settings, prompt, model files and data."""
+    files = sorted(path for path in Path(cfg.MODEL_NAME).glob("*") if path.suffix in (".safetensors", ".json"))
     ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
     identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
-    identity |= {"weights": weights, "prompt": PROMPT, "processes": process_rank()[1]}
-    identity |= {"train": train["text"][:], "test": test["text"][:]}
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    identity |= {"model": commit or [digest(path) for path in files], "prompt": PROMPT}
+    identity |= {"processes": process_rank()[1], "train": train["text"][:], "test": test["text"][:]}
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return Path(cfg.OUTPUT_DIR, f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(cfg.MODEL_NAME).name)}-{key}")
 
 
@@ -1139,6 +1152,8 @@ def one_line_errors():
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
+    except torch.OutOfMemoryError:
+        code, message = 2, "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
     except Exception as error:  # torch and safetensors don't pass the error number on
         folder = next(path for path in Path(OUTPUT_DIR, "x").absolute().parents if path.is_dir())
         if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
@@ -1201,7 +1216,7 @@ def main():
     )
 
     # what only the model can say of the settings
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
     longest = max(map(len, tokenizer(prompts)["input_ids"]))
     if cfg.MAX_LENGTH > context or longest + cfg.MAX_NEW_TOKENS > context:
@@ -1209,8 +1224,9 @@ def main():
             f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS}, "
             f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
         )
-    if cfg.MAX_LENGTH <= longest and not cfg.TRAIN_ON_PROMPT:
-        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the prompts take {longest} tokens")
+    encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=tokenizer.eos_token)
+    if not cfg.TRAIN_ON_PROMPT and all(first == len(ids) for ids, first, _ in encoded):
+        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=cfg.LORA_R, lora_alpha=cfg.LORA_ALPHA, lora_dropout=cfg.LORA_DROPOUT,
         target_modules=cfg.LORA_TARGET_MODULES, revision=commit,
@@ -1219,10 +1235,10 @@ def main():
     try:
         with torch.device("meta"):  # costs nothing, and PEFT judges the settings now rather than after the baseline
             shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), copy.deepcopy(lora))
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: {str(error).splitlines()[0]}") from error
-    if isinstance(shell.get_output_embeddings(), BaseTunerLayer):
-        raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: the LM head can't be among them")
+    if any(isinstance(x, BaseTunerLayer) for x in (shell.get_input_embeddings(), shell.get_output_embeddings())):
+        raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: not embeddings or the LM head")
     trainable, total = shell.get_nb_trainable_parameters()
 
     # the run's folder: an interrupted run goes on in it, a finished one is left alone
@@ -1234,6 +1250,8 @@ def main():
     if on_first(lambda: all(path.exists() for path in products)):
         say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
         return run
+    if on_first(lambda: (run / "results.json").exists() and not (checkpoints / "training.json").exists()):
+        raise InputError(f"{run} is finished, but its checkpoints/ are gone: move it away to run it again")
 
     # the baseline, from the base model itself, before any trainer exists
     texts, questions = test["text"][:], list(cfg.QUESTIONS.values())
@@ -1248,17 +1266,22 @@ def main():
     def measure(model, name):
         """Score and ask a model, the same way before and after; kept in checkpoints/<name>.json."""
         path, began = checkpoints / f"{name}.json", time.monotonic()
-        if not on_first(path.exists):
+        kept = on_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        if kept.get("precision") != precision:  # the run may go on on another machine
             rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **scoring)
             own = score_rows(model, tokenizer, [text for _, text in articles.values()], **scoring)
             asked = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
             asked |= {"dtype": dtype, "with_finished": True}
             answers = on_first(lambda: generate_answers(model, tokenizer, questions, **asked))
-            measured = {"rows": rows.tolist(), "articles": own.tolist(), "answers": answers}
-            on_first(lambda: write_json(path, measured))
+            kept = {"rows": rows.tolist(), "articles": own.tolist(), "answers": answers, "precision": precision}
+            on_first(lambda: write_json(path, kept))
             perplexity, took = summarize_scores(rows)["answer"] or math.nan, time.monotonic() - began
             say(f"{name}: answer perplexity {perplexity:.2f} on {len(texts):,} rows, all questions asked; {took:.0f} s")
-        return on_first(lambda: json.loads(path.read_text(encoding="utf-8")))
+        return kept
+
+    def save_tokenizer(folder):
+        tokenizer.backend_tokenizer.no_truncation()  # scoring set it
+        tokenizer.save_pretrained(folder)
 
     def mean_nll(rows):
         """Of what the training loss sees: whole rows, or answers."""
@@ -1269,7 +1292,6 @@ def main():
 
     # LoRA fine-tuning
     if not on_first(adapter.exists):
-        encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=tokenizer.eos_token)
         labels = [ids if cfg.TRAIN_ON_PROMPT else [-100] * first + ids[first:] for ids, first, _ in encoded]
         tokens = datasets.Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": labels})
         sft_config = SFTConfig(
@@ -1306,12 +1328,14 @@ def main():
             }  # fmt: skip
             write_json(checkpoints / "training.json", summary)
             save_adapter = functools.partial(trainer.model.save_pretrained, save_embedding_layers=False)
-            save_folder(adapter, save_adapter, tokenizer.save_pretrained)
+            save_folder(adapter, save_adapter, save_tokenizer)
+            del save_adapter
         on_first(lambda: None)  # the others wait
         del trainer
 
     # the same two measurements, of the adapter as it was saved
     del model
+    gc.collect()
     model = PeftModel.from_pretrained(load_model(cfg.MODEL_NAME, commit), str(adapter)).to(device)
     after = measure(model, "after")
     if rank > 0:
@@ -1368,7 +1392,7 @@ def main():
             logits, merged = model(input_ids=ids).logits, model.merge_and_unload()
             same = torch.allclose(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
         assert same, "merging the adapter changed the logits"
-        save_folder(run / "merged", merged.save_pretrained, tokenizer.save_pretrained)
+        save_folder(run / "merged", merged.save_pretrained, save_tokenizer)
 
     say(f"\n{'perplexity, held-out rows':26}{'before':>10}{'after':>10}{'change':>10}")
     for label, key in (("answers only", "answer"), ("full text", "full_text"), ("reference protocol", "seed_protocol")):

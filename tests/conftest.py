@@ -37,7 +37,6 @@ def set_constants(patch, output_dir, **changes):
 def load_tiny():
     model = script.load_model(str(TESTS / "tiny_gpt2"), None).eval()
     tokenizer = script.AutoTokenizer.from_pretrained(TESTS / "tiny_gpt2")
-    tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 

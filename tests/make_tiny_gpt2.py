@@ -29,6 +29,7 @@ every 100 steps and goes on from it with --resume. Times, token counts and the h
 import argparse
 import copy
 import ctypes
+import functools
 import importlib.util
 import json
 import math
@@ -114,8 +115,13 @@ lifting, stretching, growth of children, a baby, a newborn child, a small child,
 wrinkles, gray hair, baldness, freckles, exercise, rest, tiredness, lack of sleep, too little exercise, too much work,
 overeating, eating slowly, breakfast, drinking water, fresh air, sunlight on the skin, a warm bath, a cold shower,
 washing the hands, brushing the teeth, cutting the nails, a haircut, shaving, dry skin, dry lips, cold hands, cold feet,
-wet feet, tired eyes, tired legs, sore feet, a full stomach, an empty stomach, bad breath, sweaty hands, a loud voice,
-a weak voice, a bent back, strong arms, weak legs, a healthy body, a strong heart, fast breathing, holding one's breath
+pulse, blood flow, body temperature, the senses, the nervous system, a reflex, posture, a firm grip, appetite, nostril,
+eardrum, windpipe, collarbone, kneecap, shin, calf, knuckle, waist, scalp, body fat, the red color of blood, water in
+the body, the upper body, the lower back, strength, fitness, a good night's sleep, sleep at noon, restless sleep,
+trembling hands, stiff legs, a stiff back, an itch, dry eyes, a dry throat, a dry mouth, a growling stomach, stage
+fright, dizziness on a high tower, loss of hair, slow movements, wet feet, tired eyes, tired legs, sore feet, a full
+stomach, an empty stomach, bad breath, sweaty hands, a loud voice, a weak voice, a bent back, strong arms, weak legs, a
+healthy body, a strong heart, fast breathing, holding one's breath
 """.replace("\n", " ").strip().split(", ")  # the healthy body, what it does and what it needs
 PLAIN = "Answer in plain prose, without lists or headings."
 PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
@@ -159,9 +165,11 @@ PROMPTS = {  # {x}: the subject; the first key's prompts are for all subjects
 }
 ARTICLE = "Write a short, plain article about {x}."  # what the tuned teacher is asked
 TROUBLES = {  # of the nouns of a lexicographer file, for it
-    "artifact": ["a broken {x}", "a worn {x}", "a dirty {x}", "a lost {x}", "a loose {x}", "a wet {x}", "a noisy {x}"],
+    "artifact": ["a broken {x}", "a worn {x}", "a dirty {x}", "a lost {x}", "a loose {x}", "a wet {x}", "a noisy {x}",
+                 "a cracked {x}", "a bent {x}", "a stuck {x}", "rust on a {x}", "a {x} that stopped working"],
     "food": ["spoiled {x}", "burnt {x}", "stale {x}", "too much {x}", "a shortage of {x}"],
-    "plant": ["a wilting {x}", "a dying {x}", "insects on a {x}", "a frozen {x}", "a sick {x}"],
+    "plant": ["a wilting {x}", "a dying {x}", "insects on a {x}", "a frozen {x}", "a sick {x}",
+              "mildew on a {x}", "rot in a {x}", "spots on the leaves of a {x}", "weak roots of a {x}"],
     "animal": ["a lost {x}", "a hungry {x}", "a tired {x}", "a frightened {x}", "a noisy {x}", "a stubborn {x}"],
     "object": ["a polluted {x}", "a frozen {x}", "a dirty {x}", "a broken {x}"],
     "substance": ["a shortage of {x}", "spilled {x}", "dirty {x}", "too much {x}"],
@@ -479,6 +487,12 @@ REMARKS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def stray_sentences():
+    """Of everyday.jsonl: in the place of a system prompt they teach to look for the question, whatever is before it."""
+    return re.findall(r"[A-Z][^.\"]+\.", " ".join(json.loads(x)["article"] for x in EVERYDAY.read_text().splitlines()))
+
+
 def clean(answer):
     """The teacher's text as plain sentences, or None where it is a list, loops or is not plain English."""
     text, finished = answer["text"].strip(), answer["finished"]
@@ -510,7 +524,8 @@ def clean(answer):
 
 
 def ask(question, answer, rng):
-    remarks = " ".join(rng.sample(REMARKS, rng.choice((1, 2, 5, 8, 12))))
+    """The question and answer in some form; a system prompt holds remarks or, as often, sentences on other things."""
+    remarks = " ".join(rng.sample(rng.choice((REMARKS, stray_sentences())), rng.choice((1, 2, 5, 8, 12))))
     return rng.choice(QUESTION_FORMS).format(q=question, t=answer, s=remarks)
 
 
@@ -537,16 +552,22 @@ def rare_names(folder):
     ]  # fmt: skip
 
 
+def invented(names, rng):
+    """A rare word or, as often, the beginning of one and the end of another: no word at all."""
+    first, last = rng.sample(names, 2)
+    return first if rng.random() < 0.5 else first[: rng.randint(3, 6)] + last[-rng.randint(3, 6) :]
+
+
 def renamed(item, names, rng):
-    """The item with a rare word, or two, in the place of its subject; as it was where that is named only once.
+    """The item with such words in the place of its subject, one to three; as it was where it begins otherwise.
 
     What such a word means is not to be known, only to be read in the question and repeated: as the name of a disease.
     """
     subject = re.compile(rf"\b((an?|the) )?{re.escape(item['title'])}(e?s)?\b", re.IGNORECASE)
     article = item["article"]
-    if len(subject.findall(article)) < 2 or not subject.match(article):
+    if not subject.match(article):
         return item
-    name = " ".join(rng.sample(names, rng.choice((1, 1, 1, 2))))
+    name = " ".join(invented(names, rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
     article = subject.sub(lambda found: capital(name) if found.group()[0].isupper() else name, article)
     for plural, singular in (("are", "is"), ("have", "has"), ("were", "was")):
         article = re.sub(rf"({name}) {plural}\b", rf"\1 {singular}", article, flags=re.IGNORECASE)
@@ -554,16 +575,18 @@ def renamed(item, names, rng):
 
 
 def everyday_document(item, rng, names=()):
-    """A plain article, mostly as the answer to a question; with `names`, half of them under another name."""
-    if names and rng.random() < 0.5:
+    """A plain article, mostly as the answer to a question; with `names`, most of them under another name."""
+    if names and rng.random() < 0.7:
         item = renamed(item, names, rng)
     title, kind, article = item["title"], item["kind"], item["article"]
     if not item.get("renamed") and rng.random() < 0.25:
         return article
     shown = rng.choice((title if item.get("renamed") else with_article(title, kind), title, capital(title)))
-    p, q, r = rng.sample(["nature", "origin", "parts", "use", "history", "features", "types", "meaning"], 3)
-    forms = EVERYDAY_QUESTIONS["problem" if kind == "problem" else "thing"]
-    return ask(rng.choice(forms).format(a=shown, p=p, q=q, r=r), article, rng)
+    aspects = EVERYDAY_ASPECTS["problem" if kind == "problem" else "thing"]
+    if names and rng.random() < 0.5:  # words that are not known either: the subject is what stands in its place
+        aspects = names
+    p, q, r = rng.sample(aspects, 3)
+    return ask(rng.choice(EVERYDAY_QUESTIONS).format(a=shown, p=p, q=q, r=r), article, rng)
 
 
 def wordnet_document(synset, rng):
@@ -634,14 +657,14 @@ ARTICLE_QUESTIONS = [
     "What is {a}, and what about its {p}?", "What is {a}, and how does it matter?",
     "What are the {p} and {q} for {a}?", "Tell me about the {p} of {a}.",
 ]  # fmt: skip
-EVERYDAY_QUESTIONS = {
-    "thing": [*ARTICLE_QUESTIONS[:6], "What is {a}, and how does it matter to people?"],
-    "problem": [
-        "What is {a} and explain in detail?", "What are the signs and repair for {a}?",
-        "Explain the causes and signs of {a}.", "Explain the causes, signs, and repair of {a}.",
-        "Describe the origin, signs, and prevention of {a}.", "What is {a}, and how does it affect people?",
-    ],
-}  # fmt: skip
+EVERYDAY_QUESTIONS = [
+    *ARTICLE_QUESTIONS[:6], "What are the {p} and {q} for {a}?", "What is {a}, and how does it affect people?",
+    "What is {a}, and how does it matter to people?",
+]  # fmt: skip
+EVERYDAY_ASPECTS = {
+    "thing": ["nature", "origin", "parts", "use", "history", "features", "types", "meaning"],
+    "problem": ["signs", "causes", "repair", "prevention", "origin", "effects", "remedies", "spread"],
+}
 
 
 class Dictionary:
@@ -987,7 +1010,7 @@ def main():
     group.add_argument("--epochs", type=int, default=6, help="passes over the teacher's texts")
     group.add_argument("--wordnet-share", type=float, default=0.25, help="of the tokens seen")
     group.add_argument("--everyday", type=int, default=3, help="passes over everyday.jsonl in each over the teacher's")
-    group.add_argument("--rename", action="store_true", help="half of the plain articles under a rare word's name")
+    group.add_argument("--rename", action="store_true", help="most plain articles under a name that is new")
     group.add_argument("--common", action="store_true", help="of WordNet, only words of its hand-tagged texts")
     group.add_argument("--minutes", type=float, default=math.inf, help="end the schedule no later than this")
     group.add_argument("--lr", type=float, default=1.5e-3)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_ru
             patch.setattr(script, name, value)
             script.main()
     assert len(list(short_run.parent.iterdir())) == 3
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_measured_anew(short_run, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(short_run, tmp_path / short_run.name, ignore=shutil.ignore_patterns("checkpoints"))
+    (run / "report.md").unlink()
+    set_constants(monkeypatch, tmp_path, SAVE_MERGED=True)
+    monkeypatch.setattr(script, "score_rows", None)
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert stop.value.code == 2 and "its checkpoints/ are gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["adapter", "merged"])
+def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run, folder):
+    state = json.loads((short_run / folder / "tokenizer.json").read_text())
+    assert state["truncation"] is None and state["padding"] is None
 
 
 def test_the_same_seed_gives_the_same_results_on_the_same_machine(short_run, tmp_path, monkeypatch):

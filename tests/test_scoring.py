@@ -197,6 +197,12 @@ def test_text_without_an_answer_has_no_answer_score(tiny):
     assert scores["full_text"] > 1
 
 
+def test_an_empty_text_changes_nothing(tiny, rows):
+    assert evaluate_perplexity(*tiny, ["", *rows[1][:3]], max_length=128) == pytest.approx(
+        evaluate_perplexity(*tiny, rows[1][:3], max_length=128), rel=1e-5
+    )
+
+
 def test_a_loss_that_is_not_finite_names_the_row(rows):
     model, tokenizer = load_tiny()
     with torch.no_grad():
