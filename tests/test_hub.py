@@ -126,7 +126,13 @@ def test_found_then_cached(hub, tmp_path):
     assert hub.requests
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    cached = run(tmp_path, port, RUN, SEED=43)
+    body = TRY + """
+results = json.loads((script.main() / "results.json").read_text())
+script.DATASET_REVISION, script.OFFLINE_FALLBACK = "e" * 40, False
+print(json.dumps([results, outcome()]))
+"""
+    cached, (code, message, _) = run(tmp_path, port, body, SEED=43, DATASET_REVISION=COMMIT)
+    assert code == 2 and "some/data is not in the cache" in message  # another commit of it is
     assert not cached["offline_fallback"] and cached["model_revision"] == COMMIT
     assert cached["data"]["rows"] == found["data"]["rows"] and cached["dataset_revision"] == COMMIT
 
