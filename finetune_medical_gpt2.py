@@ -1327,9 +1327,11 @@ def main():
                 "truncated_train_rows": sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded),
             }  # fmt: skip
             write_json(checkpoints / "training.json", summary)
-            save_adapter = functools.partial(trainer.model.save_pretrained, save_embedding_layers=False)
-            save_folder(adapter, save_adapter, save_tokenizer)
-            del save_adapter
+            save_folder(
+                adapter,
+                lambda folder: trainer.model.save_pretrained(folder, save_embedding_layers=False),
+                save_tokenizer,
+            )
         on_first(lambda: None)  # the others wait
         del trainer
 
@@ -1381,6 +1383,7 @@ def main():
     scores, title = results["perplexity"], f"{short_name(cfg.MODEL_NAME)} on {short_name(cfg.DATASET_NAME)}"
     title += " (offline default)" * fallback
     loss_on = "all tokens" if cfg.TRAIN_ON_PROMPT else "the answers only"
+    history = results["training"]["log_history"]
     plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}", loss_on=loss_on)
     plot = run / "perplexity_comparison.png"
     plot_perplexity(scores["before"], scores["after"], plot, title=f"{len(texts):,} held-out rows: {title}")

@@ -190,6 +190,11 @@ def tune_malloc():
         libc.mallopt(option, value)
 
 
+def read_everyday():
+    """[{"title", "article"}] of everyday.jsonl."""
+    return [json.loads(line) for line in EVERYDAY.read_text().splitlines()]
+
+
 # --- WordNet ------------------------------------------------------------------------------------------------------
 class Synset(NamedTuple):
     """One meaning: `lex` is the lexicographer file, `id` part of speech + offset, `links` {relation: ids}."""
@@ -295,8 +300,7 @@ def tune(args):
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     rows = []
-    for line in EVERYDAY.read_text().splitlines():
-        item = json.loads(line)
+    for item in read_everyday():
         prompt, answer = chat(ARTICLE.format(x=item["title"])), item["article"] + "<|im_end|>"
         prompt, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
         rows.append((prompt + answer, [-100] * len(prompt) + answer))
@@ -490,7 +494,7 @@ REMARKS = [
 @functools.cache
 def stray_sentences():
     """Of everyday.jsonl: in the place of a system prompt they teach to look for the question, whatever is before it."""
-    return re.findall(r"[A-Z][^.\"]+\.", " ".join(json.loads(x)["article"] for x in EVERYDAY.read_text().splitlines()))
+    return re.findall(r"[A-Z][^.\"]+\.", " ".join(item["article"] for item in read_everyday()))
 
 
 def clean(answer):
@@ -767,8 +771,7 @@ def read_sources(args):
         and (not tagged or any(key in tagged for key in s.keys))
     ]  # fmt: skip
     print(f"{len(synsets):,} synsets kept", flush=True)
-    everyday = [json.loads(line) for line in EVERYDAY.read_text().splitlines()]
-    everyday = [{"kind": "problem" if item["title"] in PROBLEMS else "", **item} for item in everyday]
+    everyday = [{"kind": "problem" if item["title"] in PROBLEMS else "", **item} for item in read_everyday()]
     sources = {}
     for name, items in (("teacher", teacher), ("plain", plain), ("wordnet", synsets), ("everyday", everyday)):
         rng.shuffle(items)

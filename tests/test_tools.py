@@ -82,8 +82,7 @@ def test_a_tiny_gpt2_is_made_from_wordnet_and_sampled_articles_and_trained_on(ru
     assert (words[0], "artifact") in [subject[:2] for subject in subjects]
     (tmp_path / "work").mkdir()
     with open(tmp_path / "work" / "plain-1.jsonl", "w") as file:
-        for line in make_tiny_gpt2.EVERYDAY.read_text().splitlines()[:150]:
-            item = json.loads(line)
+        for item in make_tiny_gpt2.read_everyday()[:150]:
             answer = {"subject": item["title"], "kind": "artifact", "prompt": "", "text": item["article"]}
             file.write(json.dumps(answer | {"finished": True}) + "\n")
     small = ("--wordnet", tmp_path / "wordnet", "--work", tmp_path / "work", "--length", 64, "--rows", 16)
