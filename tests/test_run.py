@@ -118,16 +118,32 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
     assert answers != [answer["after"] for answer in results["answers"]]
 
 
-def test_the_adapter_scores_what_the_results_say(short_run, rows):
-    model = AutoPeftModelForCausalLM.from_pretrained(short_run / "adapter", dtype=torch.float32)
-    tokenizer = script.AutoTokenizer.from_pretrained(short_run / "adapter")
-    for module in model.modules():
-        if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
-            module.act = torch.nn.GELU(approximate="tanh")
-    results = read(short_run)
-    dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
-    scores = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
-    assert flat(scores) == pytest.approx(flat(results["perplexity"]["after"]), rel=1e-3)
+SCORE_AS_THE_SCRIPT = """
+import json
+import torch
+import finetune_medical_gpt2 as script
+for module in model.modules():
+    if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
+        module.act = torch.nn.GELU(approximate="tanh")
+results = json.loads(open("../results.json", encoding="utf-8").read())
+settings, precision = results["settings"], results["hardware"]["precision"]
+split = {"test_size": settings["TEST_SIZE"], "seed": settings["SEED"]}
+texts = script.load_splits(settings["DATASET_NAME"], **split)[1]["text"]
+dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"], dtype=dtype)))
+"""
+
+
+def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores_what_the_results_say(short_run):
+    card = (short_run / "adapter" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    command = [sys.executable, "-c", snippet + SCORE_AS_THE_SCRIPT]
+    surroundings = {"cwd": short_run / "adapter", "env": {**os.environ, "PYTHONPATH": str(TESTS.parent)}}
+    done = subprocess.run(command, **surroundings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, scores = done.stdout.rsplit("\n", 2)[:2]
+    assert answer.strip()
+    assert flat(json.loads(scores)) == pytest.approx(flat(read(short_run)["perplexity"]["after"]), rel=1e-3)
 
 
 def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
@@ -140,14 +156,6 @@ def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
     prompt = script.format_prompt("What is a fever?")
     (told,) = generator(prompt, max_new_tokens=4, do_sample=False)
     assert told["generated_text"].startswith(prompt) and len(told["generated_text"]) > len(prompt)
-
-
-def test_the_model_cards_snippet_runs_as_printed(short_run, monkeypatch, capsys):
-    card = (short_run / "adapter" / "README.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
-    monkeypatch.chdir(short_run / "adapter")
-    exec(snippet, {})
-    assert capsys.readouterr().out.strip()
 
 
 def test_a_report_can_be_written_again_and_hostile_text_stays_in_its_fence(short_run, tmp_path):

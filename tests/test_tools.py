@@ -10,7 +10,8 @@ import benchmark
 import make_tiny_gpt2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from conftest import TESTS
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import finetune_medical_gpt2 as script
 
@@ -95,6 +96,41 @@ def test_a_tiny_gpt2_is_made_from_wordnet_and_sampled_articles_and_trained_on(ru
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
     assert model.config.n_layer == 2 and model.dtype == torch.bfloat16
     assert len(AutoTokenizer.from_pretrained(tmp_path / "two")) == model.config.vocab_size == 700
+
+
+@pytest.fixture
+def small_teacher(tmp_path):
+    """A Llama of the teacher's kind, untrained: tied embeddings, shared key heads, the markers of its chat."""
+    tokenizer = AutoTokenizer.from_pretrained(TESTS / "tiny_gpt2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **size, **heads)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_the_teacher_is_tuned_and_sampled(run_tool, tmp_path, small_teacher):
+    options = ("--epochs", 1, "--lr", 1e-2, "--out", tmp_path / "tuned")
+    output = run_tool(make_tiny_gpt2, "tune", "--teacher", small_teacher, *options)
+    first, last = (float(loss) for loss in re.findall(r"held-out loss ([\d.]+)", output))
+    assert last < first - 1
+
+    write_wordnet(tmp_path / "wordnet", ["thing", "chair", "table", "spoon"])
+    options = ("--wordnet", tmp_path / "wordnet", "--work", tmp_path, "--batch", 2, "--new-tokens", 5, "--tokens", 30)
+    run_tool(make_tiny_gpt2, "sample", "--teacher", tmp_path / "tuned", "--plain", "--seed", 3, *options)
+    lines = [json.loads(line) for line in (tmp_path / "plain-3.jsonl").read_text().splitlines()]
+    assert len(lines) >= 6 and all(line["text"] and line["subject"] in line["prompt"] for line in lines)
+
+
+def test_the_fast_llama_gives_the_logits_of_the_slow_one(small_teacher):
+    model, ids = AutoModelForCausalLM.from_pretrained(small_teacher).eval(), torch.randint(500, (3, 9))
+    fast = make_tiny_gpt2.FastLlama(model, batch=3, length=16)
+    with torch.no_grad():
+        stepwise = torch.stack([fast.forward(ids[:, :7], 0), fast.forward(ids[:, 7:8], 7), fast.forward(ids[:, 8:], 8)])
+        assert torch.allclose(stepwise.transpose(0, 1).float(), model(ids).logits[:, 6:], rtol=0.03, atol=0.01)
 
 
 def test_the_samples_are_shown(run_tool):
