@@ -34,6 +34,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
@@ -51,9 +52,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import psutil
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
@@ -135,25 +136,15 @@ class InputError(ValueError):
 # -------------------------------------------------------------------------------------------------------- small helpers
 
 
-def process_rank():
-    """This process's rank and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def on_first(function):
     """What `function` returns on the first process, for every process."""
-    rank, processes = process_rank()
-    result = [function() if rank == 0 else None]
-    if processes > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
+    return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
 
 def say(message):
     """A line on the screen, from the first process alone."""
-    if process_rank()[0] == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+    if PartialState().is_main_process:
+        print(message, flush=True)
 
 
 def last_line(error):
@@ -219,7 +210,7 @@ def format_prompt(question):
 def read_texts(source, revision=None):
     """The `text` column of a Hub data set's train split or of a local file, uncleaned, and its commit."""
     path, local, commit = Path(source), is_local(source), None
-    kind = (Path(path.stem) if path.suffix == ".gz" else path).suffix
+    kind = Path(source.removesuffix(".gz")).suffix
     if local and kind not in (".jsonl", ".json", ".csv", ".parquet"):
         raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
     if local and not (path.is_file() and path.stat().st_size):
@@ -232,7 +223,7 @@ def read_texts(source, revision=None):
             rows = [json.loads(line) for line in lines if line.strip()]
             rows = [row if isinstance(row, dict) else {} for row in (rows[0] if is_array else rows)]
             columns = sorted({key for row in rows for key in row})
-            data = {key: [row.get(key) for row in rows] for key in columns}
+            data = {"text": [row.get("text") for row in rows]}
         else:
             which = {"path": kind[1:], "data_files": str(path)} if local else {"path": source, "revision": revision}
             data = datasets.load_dataset(**which, split="train")
@@ -255,9 +246,8 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     """Read, clean, shuffle and split a data set -> (train, test, stats).
 
     `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column `text`; train and test
-    are datasets with that column, and with the commit of a Hub data set as their info.description; stats are the counts
-    of rows. Duplicates go first, so that no row is on both sides.
-    Raises InputError where there is nothing to train on.
+    are datasets with that column, info.description their commit on the Hub; stats are the counts of rows. Duplicates
+    go first, so that no row is on both sides. Raises InputError where there is nothing to train on.
     """
     texts, commit = read_texts(source, revision)
     sound = [text for text in texts if isinstance(text, str) and ANSWER_MARK in text]
@@ -295,6 +285,7 @@ def encode(tokenizer, texts, max_length, end=""):
         first = next((i for i, (start, stop) in enumerate(offsets) if begin <= start < stop), len(ids))
         covered = max((stop for _, stop in offsets), default=0)
         encoded.append((ids, first, len(text[begin:covered].encode())))
+    tokenizer.backend_tokenizer.no_truncation()  # the call above leaves it on, and a saved tokenizer would keep it
     return encoded
 
 
@@ -424,11 +415,11 @@ def label_nll(base, head, input_ids, labels, past=None, **unused):
     No padding mask: rows are padded on the right, where a causal model doesn't see it.
     """
     live, labels = labels[:, 1:] != -100, labels[:, 1:]
+    inputs = {"input_ids": input_ids, "past_key_values": past, "use_cache": past is not None}
     if head is None:
-        logits = base(input_ids=input_ids, past_key_values=past, use_cache=past is not None).logits[:, :-1]
+        logits = base(**inputs).logits[:, :-1]
         return torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
-    hidden = base.base_model(input_ids=input_ids, past_key_values=past, use_cache=past is not None).last_hidden_state
-    hidden = hidden[:, :-1]
+    hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
     return ChunkedNLL.apply(hidden[live].to(head.dtype), head, labels[live])
 
 
@@ -437,9 +428,10 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
 
     Columns: NLL in nats and predicted tokens of the row, the same of its answer, UTF-8 bytes of the answer scored.
     """
-    rows, (rank, processes), scored = encode(tokenizer, texts, max_length), process_rank(), []
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))[rank::processes]  # by length: little padding
-    total, quiet = sum(len(rows[i][0]) for i in order), rank > 0 or not progress
+    rows, process, scored = encode(tokenizer, texts, max_length), PartialState(), []
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # by length: little padding
+    order = order[process.process_index :: process.num_processes]
+    total, quiet = sum(len(rows[i][0]) for i in order), not (progress and process.is_main_process)
     bar = tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False)
     common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt is run once, and then cached
     known = max(len(common) - 1, 0)  # all but its last token, which is to predict the first one that differs
@@ -465,10 +457,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch
                 answer = row[max(rows[i][1] - 1, 0) :]
                 scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
             bar.update(sum(len(rows[i][0]) for i in part))
-    if processes > 1:
-        gathered = [None] * processes
-        dist.all_gather_object(gathered, scored)
-        scored = sum(gathered, [])
+    scored = gather_object(scored)
     for i, nll, *_ in scored:  # only now, for all processes to end alike
         if not math.isfinite(nll):
             raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
@@ -553,8 +542,7 @@ def generate_answers(
     """Ask all questions in one left-padded batch -> the answers, without prompts, cut at the first </s> or EOS.
 
     Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, under autocast to `dtype`; None: bfloat16
-    where the hardware has it.
-    `with_finished` gives (answer, finished) pairs: whether it ended by itself.
+    where the hardware has it. `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
     dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
     prompts = [torch.tensor(tokenizer(format_prompt(question))["input_ids"]) for question in questions]
@@ -807,8 +795,8 @@ def write_report(results, path):
         losses.setdefault(entry["step"], {}).update(entry)
     # all held-out tokens, those of the answers, and the rest, the prompts: their number, their NLL before and after
     whole, answer = (
-        np.array([before[n], *(scores[n] * math.log(scores[figure] or 1) for scores in (before, after))])
-        for n, figure in (("tokens", "full_text"), ("answer_tokens", "answer"))
+        np.array([before[n], *(scores[n] * math.log(scores[key] or 1) for scores in (before, after))])
+        for n, key in (("tokens", "full_text"), ("answer_tokens", "answer"))
     )
     fall = whole[1] - whole[2]
     origin = [
@@ -997,13 +985,11 @@ def check_settings(cfg):
     if cfg.REPORT_TO != "none" and importlib.util.find_spec(cfg.REPORT_TO) is None:
         raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: not installed; pip install {cfg.REPORT_TO}, or use 'none'")
     try:
-        probe = Path(cfg.OUTPUT_DIR, f".writable-{os.getpid()}")
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
     except OSError as error:
         raise InputError(f"OUTPUT_DIR = {cfg.OUTPUT_DIR!r}: no folder to write to ({error.strerror})") from error
-    launchers = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
     launched = max(int(os.environ.get(name, 1)) for name in launchers)
     if launched > 1 and "WORLD_SIZE" not in os.environ:
         raise InputError(f"{launched} processes that don't know of each other: start them with torchrun")
@@ -1094,9 +1080,9 @@ def load_model(name, revision=None, *, dropout=None):
 
 def load_inputs(cfg):
     """(model, tokenizer, train, test, stats); LookupError if the Hub is out of reach and its cache has them not."""
-    offline, name, revision = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME, cfg.MODEL_REVISION
+    offline, name = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME
+    revision = None if is_local(name) else cfg.MODEL_REVISION
     if is_local(name):
-        revision = None
         if not Path(name, "config.json").is_file():
             raise InputError(f"MODEL_NAME: {name} is no model folder: it has no config.json")
         if not any(Path(name).glob("*.safetensors")):
@@ -1125,7 +1111,7 @@ def run_folder(cfg, commit, train, test):
     ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
     identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
     identity |= {"model": commit or [digest(path) for path in files], "prompt": PROMPT}
-    identity |= {"processes": process_rank()[1], "train": train["text"][:], "test": test["text"][:]}
+    identity |= {"processes": PartialState().num_processes, "train": train["text"][:], "test": test["text"][:]}
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return Path(cfg.OUTPUT_DIR, f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(cfg.MODEL_NAME).name)}-{key}")
 
@@ -1155,8 +1141,7 @@ def one_line_errors():
     except torch.OutOfMemoryError:
         code, message = 2, "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
     except Exception as error:  # torch and safetensors don't pass the error number on
-        folder = next(path for path in Path(OUTPUT_DIR, "x").absolute().parents if path.is_dir())
-        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(folder).free > 2**20:
+        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(OUTPUT_DIR).free > 2**20:
             raise
         code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
     finally:
@@ -1174,9 +1159,8 @@ def main():
     check_settings(cfg)
     device, precision, hardware_name = choose_hardware()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if "WORLD_SIZE" in os.environ:
-        PartialState(cpu=device == "cpu")  # joins the processes
-    rank, processes = process_rank()
+    process = PartialState(cpu=device == "cpu")  # joins the others, if torchrun started several
+    rank, processes = process.process_index, process.num_processes
     for library in (transformers, datasets):  # what a user can do nothing about; warnings of torch and the data stay
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -1185,7 +1169,7 @@ def main():
 
     # model, tokenizer and data: local, from the Hub, from its cache, or else the offline default
     unreachable, fallback = on_first(lambda: probe_hub(cfg)), False
-    set_offline(unreachable is not None)
+    set_offline(unreachable is not None or huggingface_hub.constants.HF_HUB_OFFLINE)
     try:
         model, tokenizer, train, test, counts = load_inputs(cfg)
     except LookupError as error:
@@ -1225,6 +1209,7 @@ def main():
             f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
         )
     encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=tokenizer.eos_token)
+    counts["truncated_train_rows"] = sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded)
     if not cfg.TRAIN_ON_PROMPT and all(first == len(ids) for ids, first, _ in encoded):
         raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
     lora = LoraConfig(
@@ -1279,10 +1264,6 @@ def main():
             say(f"{name}: answer perplexity {perplexity:.2f} on {len(texts):,} rows, all questions asked; {took:.0f} s")
         return kept
 
-    def save_tokenizer(folder):
-        tokenizer.backend_tokenizer.no_truncation()  # scoring set it
-        tokenizer.save_pretrained(folder)
-
     def mean_nll(rows):
         """Of what the training loss sees: whole rows, or answers."""
         nll, tokens = np.sum(rows, axis=0)[[0, 1] if cfg.TRAIN_ON_PROMPT else [2, 3]]
@@ -1324,13 +1305,12 @@ def main():
                 "steps": state.global_step, "tokens": state.num_input_tokens_seen, "seconds": seconds,
                 "tokens_per_second": state.num_input_tokens_seen / seconds, "trainable_parameters": trainable,
                 "total_parameters": total, "log_history": history,
-                "truncated_train_rows": sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded),
             }  # fmt: skip
             write_json(checkpoints / "training.json", summary)
             save_folder(
                 adapter,
                 lambda folder: trainer.model.save_pretrained(folder, save_embedding_layers=False),
-                save_tokenizer,
+                tokenizer.save_pretrained,
             )
         on_first(lambda: None)  # the others wait
         del trainer
@@ -1345,7 +1325,6 @@ def main():
 
     # results, report, plots and model card
     training = json.loads((checkpoints / "training.json").read_text(encoding="utf-8"))
-    counts["truncated_train_rows"] = training.pop("truncated_train_rows")
     history = training["log_history"]
     history.insert(0, {"step": 0, "epoch": 0.0, "eval_loss": mean_nll(before["rows"])})
     history.append({"step": training["steps"], "epoch": history[-1]["epoch"], "eval_loss": mean_nll(after["rows"])})
@@ -1395,7 +1374,7 @@ def main():
             logits, merged = model(input_ids=ids).logits, model.merge_and_unload()
             same = torch.allclose(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
         assert same, "merging the adapter changed the logits"
-        save_folder(run / "merged", merged.save_pretrained, save_tokenizer)
+        save_folder(run / "merged", merged.save_pretrained, tokenizer.save_pretrained)
 
     say(f"\n{'perplexity, held-out rows':26}{'before':>10}{'after':>10}{'change':>10}")
     for label, key in (("answers only", "answer"), ("full text", "full_text"), ("reference protocol", "seed_protocol")):

@@ -160,7 +160,7 @@ def test_an_output_dir_that_is_a_file_ends_with_one_line(tmp_path, monkeypatch, 
 
 
 def test_processes_that_do_not_know_of_each_other_are_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     expect_error(monkeypatch, capsys, tmp_path, "4 processes")
 
 

@@ -10,7 +10,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import TESTS
+from conftest import TESTS, set_constants
+from huggingface_hub import constants
+
+import finetune_medical_gpt2 as script
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -194,3 +197,11 @@ print(json.dumps(outcomes))
         assert found == code and message in text and seconds < 15, (mood, outcomes[mood])
         assert "Traceback" not in text
 
+
+def test_a_user_who_is_offline_stays_offline_where_everything_is_local(tmp_path, monkeypatch):
+    seen = []
+    set_constants(monkeypatch, tmp_path)
+    monkeypatch.setattr(script, "load_splits", lambda *args, **kwargs: seen.append(constants.HF_HUB_OFFLINE))
+    with pytest.raises(SystemExit):
+        script.main()
+    assert seen == [True] and constants.HF_HUB_OFFLINE
