@@ -43,7 +43,7 @@ def start(output_dir, before="", launcher=(), **changes):
     """Run main() in another process, with `before` executed first; returns the Popen."""
     constants = {**SHORT_RUN, "OUTPUT_DIR": str(output_dir), **changes}
     code = f"import finetune_medical_gpt2 as script\nvars(script).update({constants!r})\n{before}\n"
-    code += "import signal\nfor number in (signal.SIGINT, signal.SIGTERM):\n"  # SIGINT is ignored in a shell's jobs
+    code += "import signal\nfor number in (signal.SIGINT, signal.SIGTERM):\n"  # a background job ignores SIGINT
     code += "    signal.signal(number, signal.default_int_handler)\nscript.main()\n"
     program = Path(output_dir).parent / "program.py"
     program.write_text(code)
