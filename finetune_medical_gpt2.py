@@ -1080,9 +1080,9 @@ def load_model(name, revision=None, *, dropout=None):
 
 def load_inputs(cfg):
     """(model, tokenizer, train, test, stats); LookupError if the Hub is out of reach and its cache has them not."""
-    offline, name = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME
-    revision = None if is_local(name) else cfg.MODEL_REVISION
+    offline, name, revision = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME, cfg.MODEL_REVISION
     if is_local(name):
+        revision = None
         if not Path(name, "config.json").is_file():
             raise InputError(f"MODEL_NAME: {name} is no model folder: it has no config.json")
         if not any(Path(name).glob("*.safetensors")):

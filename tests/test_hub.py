@@ -200,8 +200,13 @@ print(json.dumps(outcomes))
 
 def test_a_user_who_is_offline_stays_offline_where_everything_is_local(tmp_path, monkeypatch):
     seen = []
+
+    def stop(*args, **kwargs):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise script.InputError("seen enough")
+
     set_constants(monkeypatch, tmp_path)
-    monkeypatch.setattr(script, "load_splits", lambda *args, **kwargs: seen.append(constants.HF_HUB_OFFLINE))
+    monkeypatch.setattr(script, "load_splits", stop)
     with pytest.raises(SystemExit):
         script.main()
     assert seen == [True] and constants.HF_HUB_OFFLINE
