@@ -110,10 +110,14 @@ SAVE_MERGED = False  # True: also write merged/, a plain model folder with the a
 
 SETTINGS = [name for name in globals() if name.isupper()]
 OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
-    "MODEL_NAME": "tests/tiny_gpt2", "MODEL_REVISION": None,
-    "DATASET_NAME": "tests/medical_terms.jsonl", "DATASET_REVISION": None,
-    "NUM_EPOCHS": 8, "LEARNING_RATE": 2e-3, "EVAL_STEPS": 40,
-}  # fmt: skip
+    "MODEL_NAME": "tests/tiny_gpt2",
+    "MODEL_REVISION": None,
+    "DATASET_NAME": "tests/medical_terms.jsonl",
+    "DATASET_REVISION": None,
+    "NUM_EPOCHS": 8,
+    "LEARNING_RATE": 2e-3,
+    "EVAL_STEPS": 40,
+}
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 CHECKPOINT_MINUTES = 2
 CHUNK = 1024  # positions whose logits are in memory at a time
@@ -254,9 +258,13 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     unique = list(dict.fromkeys(sound))
     kept = [x for x in unique if not drop_empty or x.split(ANSWER_MARK, 1)[1].replace(END_MARK, "").strip()]
     stats = {
-        "rows": len(texts), "train_rows": 0, "test_rows": 0, "dropped_empty": len(unique) - len(kept),
-        "dropped_duplicate": len(sound) - len(unique), "dropped_malformed": len(texts) - len(sound),
-    }  # fmt: skip
+        "rows": len(texts),
+        "train_rows": 0,
+        "test_rows": 0,
+        "dropped_empty": len(unique) - len(kept),
+        "dropped_duplicate": len(sound) - len(unique),
+        "dropped_malformed": len(texts) - len(sound),
+    }
     if not 1 <= math.ceil(len(kept) * test_size) < len(kept):
         raise InputError(
             f"DATASET_NAME: {source} has too few rows to split at TEST_SIZE = {test_size}: {len(kept):,} of "
@@ -475,11 +483,14 @@ def summarize_scores(rows):
     nll, tokens, answer_nll, answer_tokens, answer_bytes = rows.T
     first = rows[:100][tokens[:100] > 0]
     scores = {
-        "full_text": math.exp(nll.sum() / tokens.sum()), "answer": None,
+        "full_text": math.exp(nll.sum() / tokens.sum()),
+        "answer": None,
         "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),  # the reference's: mean of the rows' means
-        "bits_per_byte": None, "tokens": int(tokens.sum()), "answer_tokens": int(answer_tokens.sum()),
+        "bits_per_byte": None,
+        "tokens": int(tokens.sum()),
+        "answer_tokens": int(answer_tokens.sum()),
         "answer_ci95": None,
-    }  # fmt: skip
+    }
     nll, count = answer_nll[answer_tokens > 0], answer_tokens[answer_tokens > 0]
     if len(nll):
         scores["answer"] = math.exp(nll.sum() / count.sum())
@@ -565,10 +576,14 @@ def generate_answers(
     with torch.random.fork_rng(devices), bar, inference(model, dtype) as (base, _), weights_first(base):
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=prompts.clamp(min=0), attention_mask=(prompts >= 0).long(), max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id, stopping_criteria=[ended], do_sample=False,
+            input_ids=prompts.clamp(min=0),
+            attention_mask=(prompts >= 0).long(),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id,
+            stopping_criteria=[ended],
+            do_sample=False,
             logits_processor=[draw] * bool(temperature),
-        )  # fmt: skip
+        )
     answers = []
     for ids in output[:, width:].tolist():
         stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
@@ -738,9 +753,10 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all t
 def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
     """Pairs of bars, before and after: answers only with their 95 % interval, full text, reference protocol."""
     kinds = {
-        "answer": "answers only\n(95 % interval)", "full_text": "full text,\nprompts too",
+        "answer": "answers only\n(95 % interval)",
+        "full_text": "full text,\nprompts too",
         "seed_protocol": "reference\nprotocol",
-    }  # fmt: skip
+    }
     kinds = {kind: label for kind, label in kinds.items() if before[kind]}
     with figure(path, title, "perplexity (lower is better)") as ax:
         for offset, name, scores, color in ((-0.2, "before", before, "#999999"), (0.2, "after", after, "#0072B2")):
@@ -800,14 +816,22 @@ def write_report(results, path):
     )
     fall = whole[1] - whole[2]
     origin = [
-        (kind, f"{n:,.0f}", one / max(n, 1), two / max(n, 1), f"{one - two:,.0f}",
-         f"{(one - two) / fall:.0%}" if fall > 0 else None)
+        (
+            kind,
+            f"{n:,.0f}",
+            one / max(n, 1),
+            two / max(n, 1),
+            f"{one - two:,.0f}",
+            f"{(one - two) / fall:.0%}" if fall > 0 else None,
+        )
         for kind, (n, one, two) in (("prompt", whole - answer), ("answer", answer), ("all", whole))
-    ]  # fmt: skip
+    ]
     kinds = {
-        "answer": "answers only", "full_text": "full text", "seed_protocol": "reference protocol",
+        "answer": "answers only",
+        "full_text": "full text",
+        "seed_protocol": "reference protocol",
         "bits_per_byte": "answers, bits per byte",
-    }  # fmt: skip
+    }
     parts = [
         f"# LoRA fine-tuning of {short_name(results['model'])} on {short_name(results['dataset'])}",
         results["offline_fallback"]
@@ -818,27 +842,45 @@ def write_report(results, path):
             ("", ""),
             ("model", f"{results['model']}, revision {results['model_revision'] or 'none (local folder)'}"),
             ("data", f"{results['dataset']}, revision {results['dataset_revision'] or 'none (local file)'}"),
-            ("rows", f"{data.train_rows:,} to train on and {data.test_rows:,} held out, of {data.rows:,}; dropped: "
-             f"{data.dropped_empty:,} without an answer, {data.dropped_duplicate:,} duplicates, "
-             f"{data.dropped_malformed:,} malformed; cut at {settings.MAX_LENGTH} tokens: "
-             f"{data.truncated_train_rows:,} training rows ({data.truncated_train_rows / data.train_rows:.0%})"),
-            ("LoRA", f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}, on "
-             f"{settings.LORA_TARGET_MODULES or 'the default modules of PEFT'}: {training.trainable_parameters:,} "
-             f"trainable of {training.total_parameters:,} parameters"),
-            ("training", f"{training.steps:,} steps, {training.log_history[-1]['epoch']:.2f} epochs; {batch:,} rows a "
-             f"step; learning rate {settings.LEARNING_RATE:g}, linear, warm-up {settings.WARMUP_RATIO:.0%}; gradient "
-             f"norm {clip}; seed {settings.SEED}; loss on {loss_on}"),
-            ("time", f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
-             f"{training.tokens_per_second:,.0f} a second"),
-            ("hardware", f"{hardware.name}, {hardware.precision}; processes: {hardware.processes}, each of "
-             f"{hardware.threads} threads"),
+            (
+                "rows",
+                f"{data.train_rows:,} to train on and {data.test_rows:,} held out, of {data.rows:,}; dropped: "
+                f"{data.dropped_empty:,} without an answer, {data.dropped_duplicate:,} duplicates, "
+                f"{data.dropped_malformed:,} malformed; cut at {settings.MAX_LENGTH} tokens: "
+                f"{data.truncated_train_rows:,} training rows ({data.truncated_train_rows / data.train_rows:.0%})",
+            ),
+            (
+                "LoRA",
+                f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}, on "
+                f"{settings.LORA_TARGET_MODULES or 'the default modules of PEFT'}: {training.trainable_parameters:,} "
+                f"trainable of {training.total_parameters:,} parameters",
+            ),
+            (
+                "training",
+                f"{training.steps:,} steps, {training.log_history[-1]['epoch']:.2f} epochs; {batch:,} rows a "
+                f"step; learning rate {settings.LEARNING_RATE:g}, linear, warm-up {settings.WARMUP_RATIO:.0%}; "
+                f"gradient norm {clip}; seed {settings.SEED}; loss on {loss_on}",
+            ),
+            (
+                "time",
+                f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
+                f"{training.tokens_per_second:,.0f} a second",
+            ),
+            (
+                "hardware",
+                f"{hardware.name}, {hardware.precision}; processes: {hardware.processes}, each of "
+                f"{hardware.threads} threads",
+            ),
             ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
         ),
         "## Training",
         table(
             ("Step", "Training Loss", "Validation Loss"),
-            *((step, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss")))
-              for step, entry in losses.items() if "eval_loss" in entry),
+            *(
+                (step, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss")))
+                for step, entry in losses.items()
+                if "eval_loss" in entry
+            ),
         ),
         f"In nats per token, on {loss_on}. Validation is the whole held-out split: step 0 the base model, the last "
         "line the saved adapter. The training loss is the mean over the steps since it was last logged, every "
@@ -847,31 +889,43 @@ def write_report(results, path):
         "## Perplexity on the held-out rows",
         table(
             ("", "before", "after", "change"),
-            *((label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None)
-              for key, label in kinds.items()),
-            ("answers, 95% interval", *("{:.2f} to {:.2f}".format(*x["answer_ci95"]) if x["answer_ci95"] else None
-                                        for x in (before, after)), None),
+            *(
+                (label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None)
+                for key, label in kinds.items()
+            ),
+            (
+                "answers, 95% interval",
+                *("{:.2f} to {:.2f}".format(*x["answer_ci95"]) if x["answer_ci95"] else None for x in (before, after)),
+                None,
+            ),
         ),
         f"**Answers only** is how well the model predicts the articles: {before['answer_tokens']:,} tokens after "
         f"`[/INST]`. **Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same "
         "in every row. The **reference protocol** is exp of the mean of the rows' mean losses, over the first 100 rows "
         "at most. **Bits per byte** can be compared between tokenizers. The interval is a bootstrap over rows.",
-        change and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95% "
+        change
+        and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95% "
         f"interval {change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.0%} of "
         f"{change['rows']:,} rows.",
         "![Perplexity before and after](perplexity_comparison.png)",
         "## Where the improvement comes from",
         table(("tokens", "number", "nats/token before", "nats/token after", "fall in nats", "share"), *origin),
         f"The prompts, nearly the same in every row, are {1 - answer[0] / whole[0]:.0%} of the tokens. "
-        + (f"They account for {origin[0][-1]} of the fall in loss, the answers for {origin[1][-1]}." if fall > 0
-           else "The loss over all tokens did not fall."),
+        + (
+            f"They account for {origin[0][-1]} of the fall in loss, the answers for {origin[1][-1]}."
+            if fall > 0
+            else "The loss over all tokens did not fall."
+        ),
         "## The questions",
         "Asked in the format of the training rows, "
-        + (f"sampled from the 50 likeliest tokens at temperature {settings.TEMPERATURE:g} with seed {settings.SEED}"
-           if settings.TEMPERATURE else "answered by the likeliest token each time")
+        + (
+            f"sampled from the 50 likeliest tokens at temperature {settings.TEMPERATURE:g} with seed {settings.SEED}"
+            if settings.TEMPERATURE
+            else "answered by the likeliest token each time"
+        )
         + f", at most {settings.MAX_NEW_TOKENS} tokens; before and after alike. Where the data has an article on the "
         "topic, its perplexity is given, and whether the model was trained on it.",
-    ]  # fmt: skip
+    ]
     for item in results["answers"]:
         own = item["reference"]
         parts += [f"### {item['topic']}", f"> {item['question']}", side_by_side(item["before"], item["after"])]
@@ -879,8 +933,9 @@ def write_report(results, path):
         parts += [
             f"The data's own article ({'held out' if own['split'] == 'test' else 'trained on'}): answer perplexity "
             f"{own['perplexity_before']:.2f} before, {own['perplexity_after']:.2f} after."
-            if own else "The data has no article of this title."
-        ]  # fmt: skip
+            if own
+            else "The data has no article of this title."
+        ]
     write_text(path, "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -921,27 +976,39 @@ def write_model_card(results, path):
     settings, data = SimpleNamespace(**results["settings"]), SimpleNamespace(**results["data"])
     dataset = {  # the Hub's data set has one split, of which a seeded share was held out
         "dataset_type": results["dataset"] if results["dataset_revision"] else names["dataset"],
-        "dataset_name": names["dataset"], "dataset_split": "train", "dataset_revision": results["dataset_revision"],
+        "dataset_name": names["dataset"],
+        "dataset_split": "train",
+        "dataset_revision": results["dataset_revision"],
         "dataset_args": {"held_out": settings.TEST_SIZE, "seed": settings.SEED},
-    }  # fmt: skip
+    }
     own_license = re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", results["model"])
     metadata = huggingface_hub.ModelCardData(
-        model_name=f"{names['model']}-{names['dataset']}-lora", library_name="peft", tags=["lora", "sft", "trl"],
-        license="mit" if own_license else "other", license_name=None if own_license else "as-the-base-model",
+        model_name=f"{names['model']}-{names['dataset']}-lora",
+        library_name="peft",
+        tags=["lora", "sft", "trl"],
+        license="mit" if own_license else "other",
+        license_name=None if own_license else "as-the-base-model",
         pipeline_tag="text-generation",
         base_model=results["model"] if results["model_revision"] else None,
         datasets=[results["dataset"]] if results["dataset_revision"] else None,
         eval_results=[
-            huggingface_hub.EvalResult("text-generation", metric_type=key if key == "bits_per_byte" else "perplexity",
-                                       metric_name=label, metric_value=round(after[key], 4), **dataset)
-            for key, label in labels.items() if after[key]
+            huggingface_hub.EvalResult(
+                "text-generation",
+                metric_type=key if key == "bits_per_byte" else "perplexity",
+                metric_name=label,
+                metric_value=round(after[key], 4),
+                **dataset,
+            )
+            for key, label in labels.items()
+            if after[key]
         ],
-    )  # fmt: skip
+    )
     what = (
         f"{results['training']['steps']:,} steps on {data.train_rows:,} rows, learning rate "
         f"{settings.LEARNING_RATE:g}, r {settings.LORA_R}, alpha {settings.LORA_ALPHA}; scored on {data.test_rows:,} "
         "rows that were held out."
-        + " Offline default: a tiny model and a small data set, no figure is GPT-2's." * results["offline_fallback"]
+        + " Offline default: a tiny model and a small data set, no figure is GPT-2's."
+        * results["offline_fallback"]
     )
     rows = ((label, before[key], after[key]) for key, label in labels.items())
     scores, prompt = table(("held-out rows", "before", "after"), *rows), results["answers"][0]["prompt"]
@@ -953,10 +1020,18 @@ def write_model_card(results, path):
 
 def check_settings(cfg):
     """Raise InputError for the first constant that is out of range, of the wrong type, or can't be followed here."""
-    def name(x): return isinstance(x, str) and bool(x.strip())  # noqa: E704
-    def whole(x): return type(x) is int and 1 <= x < 2**31  # noqa: E704
-    def number(x): return type(x) in (int, float) and math.isfinite(x)  # noqa: E704
-    def share(x): return number(x) and 0 <= x < 1  # noqa: E704
+
+    def name(x):
+        return isinstance(x, str) and bool(x.strip())
+
+    def whole(x):
+        return type(x) is int and 1 <= x < 2**31
+
+    def number(x):
+        return type(x) in (int, float) and math.isfinite(x)
+
+    def share(x):
+        return number(x) and 0 <= x < 1
 
     rules = (
         ("MODEL_NAME DATASET_NAME OUTPUT_DIR", name, "a name"),
@@ -964,8 +1039,11 @@ def check_settings(cfg):
         ("MODEL_REVISION DATASET_REVISION", lambda x: x is None or name(x), "None, or a commit, tag or branch"),
         ("OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED", lambda x: type(x) is bool, "True or False"),
         ("MAX_LENGTH", lambda x: whole(x) and x > 1, "a whole number from 2"),
-        ("LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS", whole,
-         "a whole number from 1"),
+        (
+            "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS",
+            whole,
+            "a whole number from 1",
+        ),
         ("SEED", lambda x: x == 0 and type(x) is int or whole(x), "a whole number from 0"),
         ("MAX_STEPS", lambda x: x == -1 or whole(x), "-1, or a whole number from 1"),
         ("TEST_SIZE", lambda x: share(x) and x > 0, "a share between 0 and 1, such as 0.1"),
@@ -973,11 +1051,17 @@ def check_settings(cfg):
         ("MAX_GRAD_NORM TEMPERATURE", lambda x: number(x) and x >= 0, "a number from 0"),
         ("LORA_DROPOUT WARMUP_RATIO", share, "a share from 0 to below 1"),
         ("BASE_DROPOUT", lambda x: x is None or share(x), "None, or a share from 0 to below 1"),
-        ("LORA_TARGET_MODULES", lambda x: x is None or name(x) or isinstance(x, list) and x and all(map(name, x)),
-         "None, a name, or a list of names of modules"),
-        ("QUESTIONS", lambda x: isinstance(x, dict) and x and all(map(name, (*x, *x.values()))),
-         "a dict {topic: question} with at least one question"),
-    )  # fmt: skip
+        (
+            "LORA_TARGET_MODULES",
+            lambda x: x is None or name(x) or isinstance(x, list) and x and all(map(name, x)),
+            "None, a name, or a list of names of modules",
+        ),
+        (
+            "QUESTIONS",
+            lambda x: isinstance(x, dict) and x and all(map(name, (*x, *x.values()))),
+            "a dict {topic: question} with at least one question",
+        ),
+    )
     for names, test, wanted in rules:
         for constant in names.split():
             if not test(getattr(cfg, constant)):
@@ -1042,8 +1126,9 @@ def probe_hub(cfg):
     """
     errors, api = huggingface_hub.errors, huggingface_hub.HfApi()
     for constant, name, revision in (
-        ("MODEL", cfg.MODEL_NAME, cfg.MODEL_REVISION), ("DATASET", cfg.DATASET_NAME, cfg.DATASET_REVISION),
-    ):  # fmt: skip
+        ("MODEL", cfg.MODEL_NAME, cfg.MODEL_REVISION),
+        ("DATASET", cfg.DATASET_NAME, cfg.DATASET_REVISION),
+    ):
         try:
             if not is_local(name):
                 api.repo_info(name, revision=revision, repo_type=constant.lower(), timeout=5)
@@ -1213,10 +1298,14 @@ def main():
     if not cfg.TRAIN_ON_PROMPT and all(first == len(ids) for ids, first, _ in encoded):
         raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
     lora = LoraConfig(
-        task_type="CAUSAL_LM", r=cfg.LORA_R, lora_alpha=cfg.LORA_ALPHA, lora_dropout=cfg.LORA_DROPOUT,
-        target_modules=cfg.LORA_TARGET_MODULES, revision=commit,
+        task_type="CAUSAL_LM",
+        r=cfg.LORA_R,
+        lora_alpha=cfg.LORA_ALPHA,
+        lora_dropout=cfg.LORA_DROPOUT,
+        target_modules=cfg.LORA_TARGET_MODULES,
+        revision=commit,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
-    )  # fmt: skip
+    )
     try:
         with torch.device("meta"):  # costs nothing, and PEFT judges the settings now rather than after the baseline
             shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), copy.deepcopy(lora))
@@ -1276,24 +1365,46 @@ def main():
         labels = [ids if cfg.TRAIN_ON_PROMPT else [-100] * first + ids[first:] for ids, first, _ in encoded]
         tokens = datasets.Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": labels})
         sft_config = SFTConfig(
-            output_dir=str(checkpoints), seed=cfg.SEED, data_seed=cfg.SEED, max_length=cfg.MAX_LENGTH,
-            num_train_epochs=cfg.NUM_EPOCHS, max_steps=cfg.MAX_STEPS, per_device_train_batch_size=cfg.BATCH_SIZE,
-            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS, learning_rate=cfg.LEARNING_RATE,
-            lr_scheduler_type="linear", warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
-            max_grad_norm=cfg.MAX_GRAD_NORM, logging_steps=cfg.LOGGING_STEPS, logging_nan_inf_filter=False,
-            eval_strategy="steps", eval_steps=cfg.EVAL_STEPS, save_strategy="steps", save_steps=cfg.EVAL_STEPS,
-            save_total_limit=2, report_to=cfg.REPORT_TO, run_name=run.name, include_num_input_tokens_seen="non_padding",
-            use_cpu=device == "cpu", bf16=precision == "bf16", fp16=precision == "fp16",
+            output_dir=str(checkpoints),
+            seed=cfg.SEED,
+            data_seed=cfg.SEED,
+            max_length=cfg.MAX_LENGTH,
+            num_train_epochs=cfg.NUM_EPOCHS,
+            max_steps=cfg.MAX_STEPS,
+            per_device_train_batch_size=cfg.BATCH_SIZE,
+            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
+            learning_rate=cfg.LEARNING_RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
+            max_grad_norm=cfg.MAX_GRAD_NORM,
+            logging_steps=cfg.LOGGING_STEPS,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps",
+            eval_steps=cfg.EVAL_STEPS,
+            save_strategy="steps",
+            save_steps=cfg.EVAL_STEPS,
+            save_total_limit=2,
+            report_to=cfg.REPORT_TO,
+            run_name=run.name,
+            include_num_input_tokens_seen="non_padding",
+            use_cpu=device == "cpu",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
             gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
-            pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH), dataloader_pin_memory=device == "cuda",
+            pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH),
+            dataloader_pin_memory=device == "cuda",
             ddp_find_unused_parameters=False,
-        )  # fmt: skip
+        )
 
         trainer = LoRATrainer(
-            model=model, args=sft_config, train_dataset=tokens, processing_class=tokenizer, peft_config=lora,
+            model=model,
+            args=sft_config,
+            train_dataset=tokens,
+            processing_class=tokenizer,
+            peft_config=lora,
             eval_dataset=tokens.select([0]),  # a stand-in: it validates on `texts`
             validate=lambda model: mean_nll(score_rows(model, tokenizer, texts, **scoring)),
-        )  # fmt: skip
+        )
         trainer.train(resume_from_checkpoint=on_first(lambda: newest_checkpoint(checkpoints)))
         if rank == 0:
             state, seconds, left_out = trainer.state, trainer.clock.seconds, ("seconds", "num_input_tokens_seen")
@@ -1302,10 +1413,14 @@ def main():
                 for entry in state.log_history
             ]
             summary = {
-                "steps": state.global_step, "tokens": state.num_input_tokens_seen, "seconds": seconds,
-                "tokens_per_second": state.num_input_tokens_seen / seconds, "trainable_parameters": trainable,
-                "total_parameters": total, "log_history": history,
-            }  # fmt: skip
+                "steps": state.global_step,
+                "tokens": state.num_input_tokens_seen,
+                "seconds": seconds,
+                "tokens_per_second": state.num_input_tokens_seen / seconds,
+                "trainable_parameters": trainable,
+                "total_parameters": total,
+                "log_history": history,
+            }
             write_json(checkpoints / "training.json", summary)
             save_folder(
                 adapter,
@@ -1335,27 +1450,46 @@ def main():
             own[topic] = {"split": articles[topic][0], **perplexity}
     for i, (topic, question) in enumerate(cfg.QUESTIONS.items()):
         (one, one_ended), (two, two_ended) = before["answers"][i], after["answers"][i]
-        answers.append({
-            "topic": topic, "question": question, "prompt": prompts[i], "before": one, "after": two,
-            "before_stats": answer_stats(one, finished=one_ended), "after_stats": answer_stats(two, finished=two_ended),
-            "reference": own.get(topic),
-        })  # fmt: skip
+        answers.append(
+            {
+                "topic": topic,
+                "question": question,
+                "prompt": prompts[i],
+                "before": one,
+                "after": two,
+                "before_stats": answer_stats(one, finished=one_ended),
+                "after_stats": answer_stats(two, finished=two_ended),
+                "reference": own.get(topic),
+            }
+        )
     if fallback:
         cfg.MODEL_NAME, cfg.DATASET_NAME = OFFLINE_SETTINGS["MODEL_NAME"], OFFLINE_SETTINGS["DATASET_NAME"]
     packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
     rows_before, rows_after = np.array(before["rows"]), np.array(after["rows"])
     results = {
-        "model": cfg.MODEL_NAME, "model_revision": commit, "dataset": cfg.DATASET_NAME,
-        "dataset_revision": train.info.description or None, "offline_fallback": fallback,
+        "model": cfg.MODEL_NAME,
+        "model_revision": commit,
+        "dataset": cfg.DATASET_NAME,
+        "dataset_revision": train.info.description or None,
+        "offline_fallback": fallback,
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
         "versions": {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in packages},
-        "hardware": {"name": hardware_name, "device": device, "precision": precision, "processes": processes,
-                     "threads": torch.get_num_threads()},
+        "hardware": {
+            "name": hardware_name,
+            "device": device,
+            "precision": precision,
+            "processes": processes,
+            "threads": torch.get_num_threads(),
+        },
         "data": counts,
-        "perplexity": {"before": summarize_scores(rows_before), "after": summarize_scores(rows_after),
-                       "change": paired_change(rows_before, rows_after)},
-        "training": training, "answers": answers,
-    }  # fmt: skip
+        "perplexity": {
+            "before": summarize_scores(rows_before),
+            "after": summarize_scores(rows_after),
+            "change": paired_change(rows_before, rows_after),
+        },
+        "training": training,
+        "answers": answers,
+    }
     if not (run / "results.json").exists():
         write_json(run / "results.json", results)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))

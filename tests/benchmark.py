@@ -107,13 +107,23 @@ def measure_training(variant, steps, texts=None):
     rows = next((int(name[0]) for name in ("2 x 8", "1 x 16") if name in variant), 4)
     trainer_class, more = (script.LoRATrainer, {"validate": None}) if "own loss" in variant else (SFTTrainer, {})
     config = SFTConfig(
-        output_dir=tempfile.mkdtemp(), max_steps=steps + 1, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=16 // rows, learning_rate=1e-4, max_grad_norm=0.3, max_length=512,
-        bf16="bf16" in variant and precision == "bf16", gradient_checkpointing="checkpointing" in variant,
-        use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding", logging_steps=1000,
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps + 1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=16 // rows,
+        learning_rate=1e-4,
+        max_grad_norm=0.3,
+        max_length=512,
+        bf16="bf16" in variant and precision == "bf16",
+        gradient_checkpointing="checkpointing" in variant,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding",
+        logging_steps=1000,
         pad_to_multiple_of=script.SHAPE_STEP if "own loss" in variant else None,
-    )  # fmt: skip
+    )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
     if "stock attention" in variant:
         script.use_causal_attention = lambda base: None
@@ -243,10 +253,13 @@ def main():
     if args.pieces:
         return
     print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
-    scoring, asking = ([in_own_process(*call) for call in calls] for calls in (
-        (("measure_scoring", False, 48), ("measure_scoring", True, 687)),
-        (("measure_generation", False, 250), ("measure_generation", True, 250)),
-    ))  # fmt: skip
+    scoring, asking = (
+        [in_own_process(*call) for call in calls]
+        for calls in (
+            (("measure_scoring", False, 48), ("measure_scoring", True, 687)),
+            (("measure_generation", False, 250), ("measure_generation", True, 250)),
+        )
+    )
     for label, (slow, fast) in (("scoring held-out rows", scoring), ("five answers", asking)):
         print(f"| {label}, the reference's way | {slow['rate']:,.0f} | 1.0 |")
         print(f"| {label}, ours | {fast['rate']:,.0f} | {fast['rate'] / slow['rate']:.1f} |")

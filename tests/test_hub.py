@@ -88,9 +88,16 @@ def hub():
 def run(tmp_path, port, body, **changes):
     """Run `body` in a new process with the Hub at `port` and an own cache -> the JSON that it prints."""
     constants = {
-        "MODEL_NAME": "some/model", "MODEL_REVISION": None, "DATASET_NAME": "some/data", "MAX_STEPS": 1,
-        "BATCH_SIZE": 2, "MAX_LENGTH": 64, "MAX_NEW_TOKENS": 2, "OUTPUT_DIR": str(tmp_path / "out"), **changes,
-    }  # fmt: skip
+        "MODEL_NAME": "some/model",
+        "MODEL_REVISION": None,
+        "DATASET_NAME": "some/data",
+        "MAX_STEPS": 1,
+        "BATCH_SIZE": 2,
+        "MAX_LENGTH": 64,
+        "MAX_NEW_TOKENS": 2,
+        "OUTPUT_DIR": str(tmp_path / "out"),
+        **changes,
+    }
     code = "import contextlib, io, json, time, urllib.request\nimport finetune_medical_gpt2 as script\n"
     code += f"vars(script).update({constants!r})\nHUB = script.huggingface_hub.constants.ENDPOINT\n"
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
@@ -129,11 +136,14 @@ def test_found_then_cached(hub, tmp_path):
     assert hub.requests
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    body = TRY + """
+    body = (
+        TRY
+        + """
 results = json.loads((script.main() / "results.json").read_text())
 script.DATASET_REVISION, script.OFFLINE_FALLBACK = "e" * 40, False
 print(json.dumps([results, outcome()]))
 """
+    )
     cached, (code, message, _) = run(tmp_path, port, body, SEED=43, DATASET_REVISION=COMMIT)
     assert code == 2 and "some/data is not in the cache" in message  # another commit of it is
     assert not cached["offline_fallback"] and cached["model_revision"] == COMMIT
@@ -156,7 +166,9 @@ script.score_rows = first
 
 def test_every_way_to_fail_ends_as_it_should(hub, tmp_path):
     moods = ["no model", "no dataset", "private", "no revision", 403, 500, "close", "hang"]
-    body = TRY + f"""
+    body = (
+        TRY
+        + f"""
 outcomes = {{}}
 for mood in {moods!r}:
     urllib.request.urlopen(urllib.request.Request(HUB + "/mood", headers={{"X-Mood": str(mood)}}))
@@ -166,6 +178,7 @@ script.OFFLINE_FALLBACK = False
 outcomes["no fallback"] = outcome()
 print(json.dumps(outcomes))
 """
+    )
     handler, real = hub.RequestHandlerClass, hub.RequestHandlerClass.do_GET
 
     def do_GET(self):

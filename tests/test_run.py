@@ -63,12 +63,28 @@ def test_every_file_is_there_and_says_what_the_contract_says(short_run):
     assert short_run.name.startswith("tiny_gpt2-")
     results = read(short_run)
     assert set(results) == {
-        "model", "model_revision", "dataset", "dataset_revision", "offline_fallback", "settings", "versions",
-        "hardware", "data", "perplexity", "training", "answers",
-    }  # fmt: skip
+        "model",
+        "model_revision",
+        "dataset",
+        "dataset_revision",
+        "offline_fallback",
+        "settings",
+        "versions",
+        "hardware",
+        "data",
+        "perplexity",
+        "training",
+        "answers",
+    }
     assert set(results["perplexity"]["before"]) == {
-        "full_text", "answer", "seed_protocol", "bits_per_byte", "tokens", "answer_tokens", "answer_ci95",
-    }  # fmt: skip
+        "full_text",
+        "answer",
+        "seed_protocol",
+        "bits_per_byte",
+        "tokens",
+        "answer_tokens",
+        "answer_ci95",
+    }
     assert results["training"]["steps"] == 24 and results["training"]["tokens_per_second"] > 0
     assert results["training"]["trainable_parameters"] < results["training"]["total_parameters"] / 20
     history = results["training"]["log_history"]
@@ -214,10 +230,20 @@ def train_losses(trainer_class, dtype, rows, **kwargs):
     encoded = script.encode(tokenizer, rows[0][:48], 256, end=tokenizer.eos_token)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
-        output_dir="unused", max_steps=4, learning_rate=5e-3, per_device_train_batch_size=4,
-        gradient_accumulation_steps=2, logging_steps=1, bf16=dtype == "bf16", use_cpu=True,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", max_length=256, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir="unused",
+        max_steps=4,
+        learning_rate=5e-3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        bf16=dtype == "bf16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        max_length=256,
+        disable_tqdm=True,
+    )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **kwargs
@@ -245,7 +271,11 @@ def test_labels_of_a_real_batch(tiny, rows):
     encoded = script.encode(tokenizer, rows[0][:8], longest, end=tokenizer.eos_token)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
-        output_dir="unused", use_cpu=True, bf16=False, report_to="none", max_length=longest,
+        output_dir="unused",
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=longest,
         per_device_train_batch_size=8,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)

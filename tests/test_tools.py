@@ -67,7 +67,7 @@ def write_wordnet(folder, words):
     for i, word in enumerate(words):
         kinds = "".join(f" ~ {j:08d} n 0000" for j in range(1, len(words))) if i == 0 else " @ 00000000 n 0000"
         number = len(words) - 1 if i == 0 else 1
-        lines.append(f"{i:08d} 06 n 01 {word} 0 {number:03d}{kinds} | a thing that is number {i}; \"a {word}\"  ")
+        lines.append(f'{i:08d} 06 n 01 {word} 0 {number:03d}{kinds} | a thing that is number {i}; "a {word}"  ')
         counts.append(f"{word}%1:06:00:: 1 {i + 1}")
     for name in ("noun", "verb", "adj", "adv"):
         (folder / f"data.{name}").write_text("\n".join(lines if name == "noun" else lines[:1]) + "\n")
