@@ -25,6 +25,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 if __name__ == "__main__":  # the imports below take seconds, and would answer Ctrl-C with a traceback
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -50,11 +52,14 @@ import filelock
 import huggingface_hub
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas
 import psutil
+import pyarrow.parquet
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import errors as hub_errors
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
@@ -137,6 +142,10 @@ class InputError(ValueError):
     """Something that the user can mend; ends the program with one line and exit code 2."""
 
 
+class HubUnreachable(Exception):
+    """The Hub can't be reached, and its cache does not hold what was asked for."""
+
+
 # -------------------------------------------------------------------------------------------------------- small helpers
 
 
@@ -156,17 +165,6 @@ def last_line(error):
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def is_local(name):
-    """Whether a model or data set name is a path rather than a Hub id such as `gpt2` or `owner/name`."""
-    is_file_name = re.search(r"\.(jsonl?|csv|parquet|txt|gz)$", name)
-    return Path(name).exists() or bool(is_file_name) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name)
-
-
-def short_name(name):
-    """The last part of a Hub id or a path, without an ending."""
-    return re.sub(r"(\.(jsonl?|csv|parquet|gz))+$", "", Path(name).name)
 
 
 def digest(path):
@@ -203,98 +201,308 @@ def save_folder(folder, *savers):
     part.rename(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------
+# Model and data: from this disk, from the Hub, or from the Hub's cache
+
+DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `gpt2`, or `owner/name`
+CONTENT_FREE = {"model": (".json", ".txt", ".model"), "dataset": (".md", "")}  # endings
+
+
+def is_local(kind, name):
+    """Whether a model's or a data set's name is a path on this disk rather than a Hub id.
+
+    A folder that only happens to be called like a Hub id doesn't count: `gpt2` without a model in it.
+    """
+    path = Path(name).expanduser()
+    if not HUB_ID.fullmatch(name):
+        return True
+    if kind == "dataset":
+        return path.is_file() or DATA_FILE.search(name) is not None
+    return (path / "config.json").is_file() or ("/" in name and path.is_dir())
+
+
+def short_name(name):
+    """The last part of a Hub id or a path, without a data file's ending."""
+    return DATA_FILE.sub("", Path(name).name)
+
+
+def ask_hub(kind, name, revision):
+    """Ask the Hub once for a repository: None if it has it, the reason if it can't be reached.
+
+    Raises InputError where it says that there is no such thing. A download would not do to find out:
+    it retries for long when the Hub doesn't answer.
+    """
+    constant = kind.upper()
+    try:
+        huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=5)
+    except hub_errors.RevisionNotFoundError as error:
+        raise InputError(f"{constant}_REVISION: {name} has no {revision!r}; None takes the newest") from error
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError) as error:
+        raise InputError(f"{constant}_NAME: the Hub has no {name!r} that you may read; `hf auth login`?") from error
+    except hub_errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise InputError(f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login`") from error
+        return f"it answered {status}"
+    except (huggingface_hub.utils.httpx.RequestError, hub_errors.OfflineModeIsEnabled) as error:
+        return f"{type(error).__name__}: {last_line(error)}"
+    except ValueError as error:  # the answer is no JSON: a hotel's login page, say
+        return f"{type(error).__name__}: {last_line(error)}"
+    return None
+
+
+def fetch(kind, name, revision=None):
+    """Where a model or a data set is on this disk, and its commit -> (Path, commit or None if local).
+
+    `kind` is "model" or "dataset". What is not local is downloaded, or taken from the cache if the
+    Hub can't be reached. Raises InputError where the Hub has no such thing, HubUnreachable where it
+    does not answer and the cache lacks it.
+    """
+    if is_local(kind, name):
+        return Path(name).expanduser(), None
+    unreachable = ask_hub(kind, name, revision)
+
+    # A model's repository often holds the same weights in several formats: one is enough.
+    patterns = {}
+    if kind == "model":
+        patterns["allow_patterns"] = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        patterns["ignore_patterns"] = ["*/*", "consolidated*"]
+    try:
+        snapshot = huggingface_hub.snapshot_download(
+            name,
+            repo_type=kind,
+            revision=revision,
+            local_files_only=unreachable is not None,
+            **patterns,
+        )
+        files = [path for path in Path(snapshot).rglob("*") if path.is_file()]
+    except (hub_errors.LocalEntryNotFoundError, huggingface_hub.utils.httpx.RequestError) as error:
+        unreachable = unreachable or last_line(error)
+        files = []
+
+    # Other programs fill the same cache, too, some with no more than a model's config.json.
+    contents = [path for path in files if path.suffix not in CONTENT_FREE[kind]]
+    if unreachable and not contents:
+        raise HubUnreachable(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache")
+    return Path(snapshot), Path(snapshot).name
+
+
+def check_model_folder(folder):
+    """Raise InputError for a folder that holds no plain model."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"MODEL_NAME: {folder} is no model folder: it has no config.json")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"MODEL_NAME: {folder} has no .safetensors weights, and pickled ones aren't loaded")
+    if (folder / "adapter_config.json").exists():
+        raise InputError(
+            f"MODEL_NAME: {folder} also holds an adapter, which would be loaded with the model: "
+            "move adapter_config.json away, or merge the adapter first"
+        )
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
+    check_model_folder(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"MODEL_NAME: the tokenizer in {folder} can't be loaded: {last_line(error)}") from error
+    if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
+        raise InputError(f"MODEL_NAME: {folder} needs a fast tokenizer (tokenizer.json) and an end-of-sequence token")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def not_json(line, error):
+    return InputError(f"line {line}: not JSON ({error.msg}); mend or remove it")
+
+
+def parse_json(text):
+    """The values in a text of JSON lines, or of one JSON value that spans several lines."""
+    values = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if values:
+                raise not_json(number, error) from error
+            break  # not even the first line is a value by itself
+    if values or not text.strip():
+        return values
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError as error:
+        raise not_json(error.lineno, error) from error
+
+
+def read_json(content):
+    """(columns, texts) of JSON lines, of one array of rows, or of one object of columns, as bytes."""
+    rows = parse_json(content.decode(json.detect_encoding(content)))
+    if len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
+    if len(rows) == 1 and isinstance(rows[0], dict):
+        texts = rows[0].get("text")
+        if isinstance(texts, dict):  # as pandas' DataFrame.to_json writes a table
+            texts = list(texts.values())
+        if isinstance(texts, list):
+            return list(rows[0]), texts
+    rows = [row if isinstance(row, dict) else {} for row in rows]
+    columns = sorted({column for row in rows for column in row})
+    return columns, [row.get("text") for row in rows]
+
+
+def read_csv(content):
+    """(columns, texts) of a CSV file's bytes; the other columns are not even looked at."""
+    columns = pandas.read_csv(io.BytesIO(content), nrows=0, encoding="utf-8-sig").columns.tolist()
+    if "text" not in columns:
+        return columns, []
+    table = pandas.read_csv(
+        io.BytesIO(content),
+        usecols=["text"],
+        dtype=str,
+        keep_default_na=False,
+        encoding="utf-8-sig",
+    )
+    return columns, table["text"].tolist()
+
+
+def read_parquet(content):
+    """(columns, texts) of a Parquet file's bytes."""
+    columns = pyarrow.parquet.read_schema(io.BytesIO(content)).names
+    if "text" not in columns:
+        return columns, []
+    table = pyarrow.parquet.read_table(io.BytesIO(content), columns=["text"])
+    return columns, table["text"].to_pylist()
+
+
+READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+
+
+def read_texts(path):
+    """The `text` column of a data file (see READERS, also .gz) or of a data set's folder, uncleaned.
+
+    A file is read by its content alone: not through a cache whose key is its path and time, and not
+    as a glob pattern, which is how `datasets` would take it. Raises InputError.
+    """
+    kind = Path(path.name.removesuffix(".gz")).suffix
+    if not path.is_dir() and kind not in READERS:
+        raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
+    if not path.exists():
+        raise InputError(f"DATASET_NAME: {path} is no file")
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"DATASET_NAME: {path} is empty")
+    try:
+        if path.is_dir():
+            data = datasets.load_dataset(str(path), split="train")
+            columns = data.column_names
+            texts = data["text"][:] if "text" in columns else []
+        else:
+            content = path.read_bytes()
+            if path.suffix == ".gz":
+                content = gzip.decompress(content)
+            columns, texts = READERS[kind](content)
+    except InputError as error:
+        raise InputError(f"DATASET_NAME: {path}, {error}") from error
+    except Exception as error:
+        what = kind.removeprefix(".") or "a data set"
+        raise InputError(f"DATASET_NAME: {path} can't be read as {what}: {last_line(error)}") from error
+    if "text" not in columns:
+        found = ", ".join(columns) or "no rows"
+        raise InputError(f"DATASET_NAME: {path} has no column `text`, only {found}")
+    return texts
 
 
 def format_prompt(question):
-    """The prompt of every row, up to where the answer begins: the same in training, scoring and asking."""
-    return PROMPT.format(question=question)
+    """The prompt of every row, up to where the answer begins: in training, scoring and asking."""
+    return PROMPT.replace("{question}", question)
 
 
-def read_texts(source, revision=None):
-    """The `text` column of a Hub data set's train split or of a local file, uncleaned, and its commit."""
-    path, local, commit = Path(source), is_local(source), None
-    kind = Path(source.removesuffix(".gz")).suffix
-    if local and kind not in (".jsonl", ".json", ".csv", ".parquet"):
-        raise InputError(f"DATASET_NAME: {path} is no .jsonl, .json, .csv or .parquet file")
-    if local and not (path.is_file() and path.stat().st_size):
-        raise InputError(f"DATASET_NAME: {path} {'is empty' if path.is_file() else 'is no file'}")
-    try:
-        if kind in (".jsonl", ".json"):
-            content = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
-            is_array = content.lstrip().startswith("[")
-            lines = [content] if is_array else content.split("\n")
-            rows = [json.loads(line) for line in lines if line.strip()]
-            rows = [row if isinstance(row, dict) else {} for row in (rows[0] if is_array else rows)]
-            columns = sorted({key for row in rows for key in row})
-            data = {"text": [row.get("text") for row in rows]}
-        else:
-            which = {"path": kind[1:], "data_files": str(path)} if local else {"path": source, "revision": revision}
-            data = datasets.load_dataset(**which, split="train")
-            columns, commit = data.column_names, re.search(r"\b[0-9a-f]{40}\b", data.cache_files[0]["filename"])
-            if commit and re.fullmatch("[0-9a-f]{40}", revision or "") and commit.group() != revision:
-                raise ConnectionError(f"only {commit.group()} is in the cache")  # which it takes when offline
-    except Exception as error:
-        if not local:
-            raise
-        what = f" can't be read as {kind[1:]}: {last_line(error)}"
-        if isinstance(error, json.JSONDecodeError):
-            what = f", line {lines.index(error.doc) + error.lineno}: not JSON ({error.msg}); mend or remove it"
-        raise InputError(f"DATASET_NAME: {path}{what}") from error
-    if "text" not in columns:
-        raise InputError(f"DATASET_NAME: {source} has no column `text`, only {', '.join(columns) or 'no rows'}")
-    return data["text"][:], commit and commit.group()
+def is_sound(text):
+    """Whether a row is a text that tokenizers can take, with one question and one answer."""
+    if not isinstance(text, str) or text.count(ANSWER_MARK) != 1:
+        return False
+    return not re.search("[\ud800-\udfff]", text)  # halves of characters, which JSON can hold
 
 
 def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     """Read, clean, shuffle and split a data set -> (train, test, stats).
 
-    `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column `text`; train and test
-    are datasets with that column, info.description their commit on the Hub; stats are the counts of rows. Duplicates
-    go first, so that no row is on both sides. Raises InputError where there is nothing to train on.
+    `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz) with a column
+    `text`; train and test are datasets with that column; stats are the counts of rows. Duplicates
+    go before the split, so that no row is on both sides. Raises InputError where too little is left.
     """
-    texts, commit = read_texts(source, revision)
-    sound = [text for text in texts if isinstance(text, str) and ANSWER_MARK in text]
+    path, _ = fetch("dataset", str(source), revision)
+    texts = read_texts(path)
+    sound = [text for text in texts if is_sound(text)]
     unique = list(dict.fromkeys(sound))
-    kept = [x for x in unique if not drop_empty or x.split(ANSWER_MARK, 1)[1].replace(END_MARK, "").strip()]
+    rows = unique
+    if drop_empty:
+        rows = [x for x in unique if x.split(ANSWER_MARK)[1].replace(END_MARK, "").strip()]
+    malformed = len(texts) - len(sound)
+    duplicate = len(sound) - len(unique)
+    empty = len(unique) - len(rows)
+
+    if not 1 <= math.ceil(len(rows) * test_size) < len(rows):
+        raise InputError(
+            f"DATASET_NAME: {source} has too few rows to split at TEST_SIZE = {test_size}: "
+            f"{len(rows):,} of {len(texts):,}; {malformed:,} are no text with one {ANSWER_MARK}, "
+            f"{duplicate:,} duplicates, {empty:,} have no answer"
+        )
+    data = datasets.Dataset.from_dict({"text": rows})
+    train, test = data.train_test_split(test_size=test_size, seed=seed).values()
     stats = {
         "rows": len(texts),
-        "train_rows": 0,
-        "test_rows": 0,
-        "dropped_empty": len(unique) - len(kept),
-        "dropped_duplicate": len(sound) - len(unique),
-        "dropped_malformed": len(texts) - len(sound),
+        "train_rows": len(train),
+        "test_rows": len(test),
+        "dropped_empty": empty,
+        "dropped_duplicate": duplicate,
+        "dropped_malformed": malformed,
     }
-    if not 1 <= math.ceil(len(kept) * test_size) < len(kept):
-        raise InputError(
-            f"DATASET_NAME: {source} has too few rows to split at TEST_SIZE = {test_size}: {len(kept):,} of "
-            f"{len(texts):,}; {stats['dropped_malformed']:,} are no text with {ANSWER_MARK}, "
-            f"{stats['dropped_duplicate']:,} duplicates, {stats['dropped_empty']:,} have no answer"
-        )
-    rows = datasets.Dataset.from_dict({"text": kept}, info=datasets.DatasetInfo(description=commit or ""))
-    train, test = rows.train_test_split(test_size=test_size, seed=seed).values()
-    return train, test, stats | {"train_rows": len(train), "test_rows": len(test)}
+    return train, test, stats
 
 
-def encode(tokenizer, texts, max_length, end=""):
-    """Token ids of every text + `end`, cut at `max_length` -> a list of (ids, first, answer_bytes).
+class Row(NamedTuple):
+    """A text as a model sees it."""
 
-    `first` is the index of the answer's first token, the first that starts at or after the end of [/INST]; len(ids) if
-    there is none. `answer_bytes` is the UTF-8 length of the answer text that the ids cover.
+    ids: list  # of the tokens
+    first: int  # index of the answer's first token; len(ids) if there is none
+    answer_bytes: int  # UTF-8 length of the part of the answer that the ids cover
+
+
+def leading_bos(tokenizer):
+    """[BOS] where the tokenizer puts that in front of every text, as Llama's do; else []."""
+    return [id for id in tokenizer("a")["input_ids"][:1] if id == tokenizer.bos_token_id]
+
+
+def encode(tokenizer, texts, max_length, end=False):
+    """Texts as Rows of at most `max_length` tokens; with `end`, EOS follows a text that isn't cut.
+
+    The sequence is built here, and nothing that a tokenizer adds, cuts or pads by itself takes part:
+    a BOS that the model expects comes first, once; what is too long is cut at its end.
     """
     if not texts:
         return []
-    ended = [text if text.endswith(end) else text + end for text in texts]
-    batch = tokenizer(ended, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    encoded = []
-    for text, ids, offsets in zip(ended, batch["input_ids"], batch["offset_mapping"], strict=True):
+    bos = leading_bos(tokenizer)
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    rows = []
+    for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        if ids[:1] != bos:
+            ids = bos + ids
+            offsets = [(0, 0)] * len(bos) + offsets
+        if end and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = ids + [tokenizer.eos_token_id]
+        ids, offsets = ids[:max_length], offsets[:max_length]
+
+        # the answer's first token is the first that starts at or after the end of [/INST]
         mark = text.find(ANSWER_MARK)
         begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text)
-        first = next((i for i, (start, stop) in enumerate(offsets) if begin <= start < stop), len(ids))
+        starts = (i for i, (start, stop) in enumerate(offsets) if begin <= start < stop)
         covered = max((stop for _, stop in offsets), default=0)
-        encoded.append((ids, first, len(text[begin:covered].encode())))
-    tokenizer.backend_tokenizer.no_truncation()  # the call above leaves it on, and a saved tokenizer would keep it
-    return encoded
+        rows.append(Row(ids, next(starts, len(ids)), len(text[begin:covered].encode())))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -556,7 +764,8 @@ def generate_answers(
     where the hardware has it. `with_finished` gives (answer, finished) pairs: whether it ended by itself.
     """
     dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
-    prompts = [torch.tensor(tokenizer(format_prompt(question))["input_ids"]) for question in questions]
+    prompts = encode(tokenizer, [format_prompt(question) for question in questions], sys.maxsize)
+    prompts = [torch.tensor(row.ids) for row in prompts]
     prompts = torch.nn.utils.rnn.pad_sequence(prompts, True, -1, padding_side="left").to(model.device)
     width, eos = prompts.shape[1], model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
@@ -1119,80 +1328,49 @@ def needs_checkpointing(model, batch_size, length):
 # -------------------------------------------------------------------------------------------------------- the inputs
 
 
-def probe_hub(cfg):
-    """Ask the Hub once for what isn't local: None if it has it, the reason if it can't be reached.
-
-    Raises InputError if it says that there is no such thing.
-    """
-    errors, api = huggingface_hub.errors, huggingface_hub.HfApi()
-    for constant, name, revision in (
-        ("MODEL", cfg.MODEL_NAME, cfg.MODEL_REVISION),
-        ("DATASET", cfg.DATASET_NAME, cfg.DATASET_REVISION),
-    ):
-        try:
-            if not is_local(name):
-                api.repo_info(name, revision=revision, repo_type=constant.lower(), timeout=5)
-        except errors.RevisionNotFoundError as error:
-            raise InputError(f"{constant}_REVISION: {name} has no {revision!r}; None takes the newest") from error
-        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-            raise InputError(f"{constant}_NAME: the Hub has no {name!r} that you may read; `hf auth login`?") from error
-        except errors.HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403):
-                raise InputError(f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login`") from error
-            return f"it answered {status}"
-        except (huggingface_hub.utils.httpx.RequestError, errors.OfflineModeIsEnabled, ValueError) as error:
-            return f"{type(error).__name__}: {last_line(error)}"
-
-
-def set_offline(offline):
-    """Let no library contact the Hub, or let them again; they look at these when called."""
-    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
-    os.environ["HF_HUB_OFFLINE"] = "1" if offline else "0"
-
-
-def load_model(name, revision=None, *, dropout=None):
-    """A causal LM in fp32, from safetensors, without remote code; `dropout` replaces the base model's own."""
-    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    for key, value in config.to_dict().items():
-        if dropout is not None and isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-            setattr(config, key, dropout)
-        if value == "gelu_new":
-            setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
-    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-    return AutoModelForCausalLM.from_pretrained(name, config=config, revision=revision, **kwargs).requires_grad_(False)
-
-
-def load_inputs(cfg):
-    """(model, tokenizer, train, test, stats); LookupError if the Hub is out of reach and its cache has them not."""
-    offline, name, revision = huggingface_hub.constants.HF_HUB_OFFLINE, cfg.MODEL_NAME, cfg.MODEL_REVISION
-    if is_local(name):
-        revision = None
-        if not Path(name, "config.json").is_file():
-            raise InputError(f"MODEL_NAME: {name} is no model folder: it has no config.json")
-        if not any(Path(name).glob("*.safetensors")):
-            raise InputError(f"MODEL_NAME: {name} has no .safetensors weights, and pickled ones aren't loaded")
-    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
-    constant = "MODEL_NAME"
+def load_model(folder, *, dropout=None):
+    """A causal LM in fp32, from safetensors, without remote code; `dropout` replaces its own."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        model = load_model(name, revision, dropout=cfg.BASE_DROPOUT)
-        if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
-            raise InputError(f"MODEL_NAME: {name} needs a fast tokenizer (tokenizer.json) and an end-of-sequence token")
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        constant, name = "DATASET_NAME", cfg.DATASET_NAME
-        return model, tokenizer, *load_splits(name, cfg.DATASET_REVISION, **kwargs)
-    except InputError:
-        raise
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for key, value in config.to_dict().items():
+            if dropout is not None and isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
+                setattr(config, key, dropout)
+            if value == "gelu_new":
+                setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
+        kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
     except Exception as error:
-        if offline and not is_local(name) and isinstance(error, OSError):
-            raise LookupError(f"{name} is not in the cache") from error
-        raise InputError(f"{constant}: {name} can't be loaded: {last_line(error)}") from error
+        raise InputError(f"MODEL_NAME: {folder} can't be loaded: {last_line(error)}") from error
+    return model.requires_grad_(False)
 
 
-def run_folder(cfg, commit, train, test):
+def find_inputs(cfg):
+    """Model and data on this disk -> (model path, commit, data path, commit, whether it is the offline default).
+
+    Where the Hub is out of reach and nothing is cached, `cfg` gets the offline default's settings.
+    """
+    try:
+        model_path, commit = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
+        data_path, data_commit = on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION))
+        return model_path, commit, data_path, data_commit, False
+    except HubUnreachable as error:
+        if not cfg.OFFLINE_FALLBACK:
+            raise InputError(f"{error}; go online once, or name local files") from error
+        cause = error
+    vars(cfg).update(OFFLINE_SETTINGS)
+    changed = ", ".join(f"{k} = {v!r}" for k, v in OFFLINE_SETTINGS.items() if type(v) in (int, float))
+    say(
+        f"\n{'=' * 100}\n  OFFLINE DEFAULT: not the model and data that the constants name!\n\n  Why: {cause}.\n"
+        f"  The same pipeline now runs on what ships with the script:\n  {cfg.MODEL_NAME}, a tiny GPT-2, and "
+        f"{cfg.DATASET_NAME}, with {changed}.\n{'=' * 100}\n"
+    )
+    here = Path(__file__).resolve().parent
+    return here / cfg.MODEL_NAME, None, here / cfg.DATASET_NAME, None, True
+
+
+def run_folder(cfg, model_path, commit, train, test):
     """The run's folder, named after the model and a hash of settings, prompt, model files and data."""
-    files = sorted(path for path in Path(cfg.MODEL_NAME).glob("*") if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in model_path.glob("*") if path.suffix in (".safetensors", ".json"))
     ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
     identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
     identity |= {"model": commit or [digest(path) for path in files], "prompt": PROMPT}
@@ -1215,7 +1393,6 @@ def lock_run(run):
 @contextlib.contextmanager
 def one_line_errors():
     """Around `main`: what the user can mend ends with one line on stderr and an exit code, without a traceback."""
-    offline = huggingface_hub.constants.HF_HUB_OFFLINE
     try:
         yield
         return
@@ -1229,8 +1406,6 @@ def one_line_errors():
         if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(OUTPUT_DIR).free > 2**20:
             raise
         code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
-    finally:
-        set_offline(offline)
     if os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr)
     raise SystemExit(code)
@@ -1250,33 +1425,15 @@ def main():
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
     say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware_name}, {device}, {precision}, {processes} process(es)")
 
-    # model, tokenizer and data: local, from the Hub, from its cache, or else the offline default
-    unreachable, fallback = on_first(lambda: probe_hub(cfg)), False
-    set_offline(unreachable is not None or huggingface_hub.constants.HF_HUB_OFFLINE)
-    try:
-        model, tokenizer, train, test, counts = load_inputs(cfg)
-    except LookupError as error:
-        cause = f"the Hub can't be reached ({unreachable}) and {error.args[0]}"
-        if not cfg.OFFLINE_FALLBACK:
-            raise InputError(f"{cause}; go online once, or name local files") from error
-        fallback = True
-        vars(cfg).update(OFFLINE_SETTINGS)
-        changed = ", ".join(f"{k} = {v!r}" for k, v in OFFLINE_SETTINGS.items() if type(v) in (int, float))
-        say(
-            f"\n{'=' * 100}\n  OFFLINE DEFAULT: not the model and data that the constants name!\n\n  Why: {cause}.\n"
-            f"  The same pipeline now runs on what ships with the script:\n  {cfg.MODEL_NAME}, a tiny GPT-2, and "
-            f"{cfg.DATASET_NAME}, with {changed}.\n{'=' * 100}\n"
-        )
-        shipped = Path(__file__).resolve().parent
-        cfg.MODEL_NAME, cfg.DATASET_NAME = str(shipped / cfg.MODEL_NAME), str(shipped / cfg.DATASET_NAME)
-        model, tokenizer, train, test, counts = load_inputs(cfg)
-    set_offline(True)  # from here on the Hub is left alone
-    commit = None
-    if not is_local(cfg.MODEL_NAME):  # the cached snapshot that it was loaded from
-        config = huggingface_hub.try_to_load_from_cache(cfg.MODEL_NAME, "config.json", revision=cfg.MODEL_REVISION)
-        commit = Path(config).parent.name
+    # model and data: from here on a folder and a file on this disk
+    model_path, commit, data_path, data_commit, fallback = find_inputs(cfg)
+    tokenizer = load_tokenizer(model_path)
+    model = load_model(model_path, dropout=cfg.BASE_DROPOUT)
+    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
+    train, test, counts = load_splits(data_path, **kwargs)
     model.to(device)
     say(
         f"data: {counts['rows']:,} rows; dropped {counts['dropped_empty']:,} without an answer, "
@@ -1287,13 +1444,13 @@ def main():
     # what only the model can say of the settings
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
-    longest = max(map(len, tokenizer(prompts)["input_ids"]))
+    longest = max(len(row.ids) for row in encode(tokenizer, prompts, sys.maxsize))
     if cfg.MAX_LENGTH > context or longest + cfg.MAX_NEW_TOKENS > context:
         raise InputError(
             f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS}, "
             f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
         )
-    encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=tokenizer.eos_token)
+    encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=True)
     counts["truncated_train_rows"] = sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded)
     if not cfg.TRAIN_ON_PROMPT and all(first == len(ids) for ids, first, _ in encoded):
         raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
@@ -1316,7 +1473,7 @@ def main():
     trainable, total = shell.get_nb_trainable_parameters()
 
     # the run's folder: an interrupted run goes on in it, a finished one is left alone
-    run = run_folder(cfg, commit, train, test)
+    run = run_folder(cfg, model_path, commit, train, test)
     lock = lock_run(run) if rank == 0 else None
     checkpoints, adapter = run / "checkpoints", run / "adapter"
     names = ["results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"]
@@ -1422,6 +1579,9 @@ def main():
                 "log_history": history,
             }
             write_json(checkpoints / "training.json", summary)
+            # rather than a folder in the Hub's cache
+            base_name = cfg.MODEL_NAME if commit else str(model_path.resolve())
+            trainer.model.peft_config["default"].base_model_name_or_path = base_name
             save_folder(
                 adapter,
                 lambda folder: trainer.model.save_pretrained(folder, save_embedding_layers=False),
@@ -1433,7 +1593,7 @@ def main():
     # the same two measurements, of the adapter as it was saved
     del model
     gc.collect()
-    model = PeftModel.from_pretrained(load_model(cfg.MODEL_NAME, commit), str(adapter)).to(device)
+    model = PeftModel.from_pretrained(load_model(model_path), str(adapter)).to(device)
     after = measure(model, "after")
     if rank > 0:
         return run
@@ -1462,15 +1622,13 @@ def main():
                 "reference": own.get(topic),
             }
         )
-    if fallback:
-        cfg.MODEL_NAME, cfg.DATASET_NAME = OFFLINE_SETTINGS["MODEL_NAME"], OFFLINE_SETTINGS["DATASET_NAME"]
     packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
     rows_before, rows_after = np.array(before["rows"]), np.array(after["rows"])
     results = {
         "model": cfg.MODEL_NAME,
         "model_revision": commit,
         "dataset": cfg.DATASET_NAME,
-        "dataset_revision": train.info.description or None,
+        "dataset_revision": data_commit,
         "offline_fallback": fallback,
         "settings": {name: getattr(cfg, name) for name in SETTINGS},
         "versions": {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in packages},

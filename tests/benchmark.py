@@ -102,7 +102,7 @@ class Clock(TrainerCallback):
 def measure_training(variant, steps, texts=None):
     device, precision, _ = script.choose_hardware() if "allocator" in variant else ("cpu", "bf16", None)
     tokenizer = make_tokenizer()
-    encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=tokenizer.eos_token)
+    encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
     data = Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": [ids for ids, _, _ in encoded]})
     rows = next((int(name[0]) for name in ("2 x 8", "1 x 16") if name in variant), 4)
     trainer_class, more = (script.LoRATrainer, {"validate": None}) if "own loss" in variant else (SFTTrainer, {})

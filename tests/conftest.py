@@ -35,7 +35,7 @@ def set_constants(patch, output_dir, **changes):
 
 
 def load_tiny():
-    model = script.load_model(str(TESTS / "tiny_gpt2"), None).eval()
+    model = script.load_model(TESTS / "tiny_gpt2").eval()
     tokenizer = script.AutoTokenizer.from_pretrained(TESTS / "tiny_gpt2")
     return model, tokenizer
 

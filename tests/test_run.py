@@ -101,7 +101,7 @@ def test_every_file_is_there_and_says_what_the_contract_says(short_run):
 
 
 def test_training_tokens_are_the_real_ones(short_run, tiny, rows):
-    encoded = script.encode(tiny[1], rows[0], SHORT_RUN["MAX_LENGTH"], end=tiny[1].eos_token)
+    encoded = script.encode(tiny[1], rows[0], SHORT_RUN["MAX_LENGTH"], end=True)
     tokens = sum(len(ids) for ids, _, _ in encoded)
     results = read(short_run)
     per_row = results["training"]["tokens"] / (24 * 8)
@@ -226,8 +226,8 @@ def test_the_same_seed_gives_the_same_results_on_the_same_machine(short_run, tmp
 
 
 def train_losses(trainer_class, dtype, rows, **kwargs):
-    model, tokenizer = script.load_model(str(TESTS / "tiny_gpt2"), None, dropout=0.0), load_tiny()[1]  # no chance in it
-    encoded = script.encode(tokenizer, rows[0][:48], 256, end=tokenizer.eos_token)
+    model, tokenizer = script.load_model(TESTS / "tiny_gpt2", dropout=0.0), load_tiny()[1]  # no chance in it
+    encoded = script.encode(tokenizer, rows[0][:48], 256, end=True)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
         output_dir="unused",
@@ -266,9 +266,9 @@ def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(rows, dt
 
 def test_labels_of_a_real_batch(tiny, rows):
     tokenizer = tiny[1]
-    encoded = script.encode(tokenizer, rows[0][:8], 10_000, end=tokenizer.eos_token)
+    encoded = script.encode(tokenizer, rows[0][:8], 10_000, end=True)
     longest = sorted(len(ids) for ids, _, _ in encoded)[4]  # cuts some of the rows
-    encoded = script.encode(tokenizer, rows[0][:8], longest, end=tokenizer.eos_token)
+    encoded = script.encode(tokenizer, rows[0][:8], longest, end=True)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
         output_dir="unused",

@@ -178,13 +178,13 @@ def test_the_reference_protocol_is_the_first_hundred_rows(tiny, rows):
 def test_encode_marks_the_answer_and_truncates(tiny, rows):
     _, tokenizer = tiny
     text, eos = rows[0][0], tokenizer.eos_token
-    whole, first, _ = encode(tokenizer, [text], 10_000, end=eos)[0]
+    whole, first, _ = encode(tokenizer, [text], 10_000, end=True)[0]
     prompt = text[: text.index("[/INST]") + 7]
     assert whole[:first] == tokenizer(prompt)["input_ids"]
     assert tokenizer.decode(whole) == text + eos and whole.count(tokenizer.eos_token_id) == 1
     assert encode(tokenizer, [text], 10_000)[0][2] == len(text[len(prompt) :].encode())
     for length, ends in ((len(whole) + 1, True), (len(whole), True), (len(whole) - 1, False), (first + 3, False)):
-        ids, start, _ = encode(tokenizer, [text], length, end=eos)[0]
+        ids, start, _ = encode(tokenizer, [text], length, end=True)[0]
         assert (ids, start) == (whole[:length], first)
         assert (ids[-1] == tokenizer.eos_token_id) is ends
     ids, start, covered = encode(tokenizer, [text], first - 5)[0]
