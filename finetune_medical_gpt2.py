@@ -1,32 +1,34 @@
 """Fine-tune GPT-2 on medical text with LoRA, and measure honestly what that changed.
 
-    python finetune_medical_gpt2.py                         # settings: the constants below; there are no flags
-    torchrun --nproc_per_node=N finetune_medical_gpt2.py    # several processes: the same, data parallel
+    python finetune_medical_gpt2.py                         # settings: the constants below
+    torchrun --nproc_per_node=N finetune_medical_gpt2.py    # several processes: data parallel
 
-In order: the base model's perplexity on held-out text and its answers to five questions; LoRA fine-tuning with TRL's
-SFTTrainer; the same two measurements, by the same functions, of the adapter as it was saved; plots and a report. Writes
-OUTPUT_DIR/<run>/ with results.json, report.md, two plots and adapter/. Killed at any moment, the same command goes on
-where it was. Where the Hub can't be reached, the same pipeline runs on a tiny model and data from tests/, and says so.
+In order: the base model's perplexity on held-out text and its answers to five questions; LoRA
+fine-tuning with TRL's SFTTrainer; the same measurements, by the same functions, of the adapter
+as it was saved; plots and a report. Writes OUTPUT_DIR/<run>/ with report.md, results.json, two plots
+and adapter/. Killed at any moment, the same command goes on where it was. Where the Hub can't be
+reached, the same pipeline runs on a tiny model and data from tests/, and says so.
 
-Measured on 2 cores of an AMD EPYC with avx512_bf16, torch 2.13, by tests/benchmark.py: GPT-2 124M (random weights)
-trains at 8.2 times the tokens/s of the reference's recipe, in 2.3 GiB instead of 7.7. Without a network this command
-takes the tiny model's answer perplexity from 46.34 to 23.69, in about two minutes.
+Measured on 2 cores of an AMD EPYC with avx512_bf16, torch 2.13, by tests/benchmark.py: GPT-2 124M
+(random weights) trains at @@ times the tokens/s of the reference's recipe, in @@ GiB instead of @@.
+Without a network this command takes the tiny model's answer perplexity from @@ to @@, in two
+to four minutes.
 
-None of what the models write is medical advice.
+It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of
+what the models write is medical advice.
 """
 
 import contextlib
-import copy
 import ctypes
 import errno
 import functools
 import gc
 import gzip
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -39,52 +41,69 @@ import tempfile
 import textwrap
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-if __name__ == "__main__":  # the imports below take seconds, and would answer Ctrl-C with a traceback
+# The imports below take seconds, and would answer Ctrl-C with a traceback.
+if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: (sys.stderr.write("interrupted: nothing was done yet\n"), os._exit(130)))
+    # Read when torch is imported: waiting threads sleep, rather than slow down other processes.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Plots go to files. A notebook's backend, inherited by its subprocesses, may not be installed here.
+os.environ.pop("MPLBACKEND", None)
 
 import datasets
 import filelock
 import huggingface_hub
-import matplotlib.pyplot as plt
+import jinja2
 import numpy as np
 import pandas
 import psutil
 import pyarrow.parquet
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import errors as hub_errors
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
-# model and data
+# Model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
-MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # openai-community/gpt2; None for a local folder
-DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or a local .jsonl, .json, .csv, .parquet (also .gz)
+MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of openai-community/gpt2; or None
+DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or .jsonl, .json, .csv, .parquet
 DATASET_REVISION = None  # None: the newest; results.json says which that was
 TEST_SIZE = 0.1  # share of the rows that is held out
 MAX_LENGTH = 512  # tokens; longer rows are cut
 SEED = 42
 DROP_EMPTY_ANSWERS = True  # False: keep rows without an article, as the reference did
-OFFLINE_FALLBACK = True  # Hub unreachable and nothing cached: True: run on the model and data in tests/; False: stop
+OFFLINE_FALLBACK = True  # without the Hub: True runs on what ships in tests/, False stops
 
 # LoRA
 LORA_R = 8
 LORA_ALPHA = 32
 LORA_DROPOUT = 0.1
-LORA_TARGET_MODULES = None  # None: PEFT's default for the architecture (GPT-2: c_attn); or a list, or "all-linear"
+LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or "all-linear"
 
-# training
+# Training
 NUM_EPOCHS = 1
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
 LEARNING_RATE = 1e-4  # the reference's; README has what higher ones do
@@ -92,15 +111,15 @@ BATCH_SIZE = 4  # rows per process and forward pass
 GRADIENT_ACCUMULATION_STEPS = 4  # a step sees BATCH_SIZE x this x processes rows
 WARMUP_RATIO = 0.03
 MAX_GRAD_NORM = 0.3
-LOGGING_STEPS = 10
-EVAL_STEPS = 100  # validation and checkpoint; a checkpoint also every CHECKPOINT_MINUTES
+LOGGING_STEPS = 10  # a line with the training loss, and a checkpoint
+EVAL_STEPS = 100  # validation on all held-out rows
 TRAIN_ON_PROMPT = True  # False: the loss sees the answers only
-BASE_DROPOUT = 0.0  # the base model's own dropouts in training; None: as its config says (GPT-2: 0.1, and slower)
+BASE_DROPOUT = 0.0  # the base model's own dropouts; None: as its config says (GPT-2: 0.1, slower)
 
-# questions
+# Questions; a finished run answers others without training again
 QUESTIONS = {
     "Paracetamol poisoning": "What are the symptoms and treatment for paracetamol poisoning?",
-    "Congenital adrenal hyperplasia": "Explain the causes and symptoms of Congenital adrenal hyperplasia.",
+    "Congenital adrenal hyperplasia": ("Explain the causes and symptoms of Congenital adrenal hyperplasia."),
     "Anthrax": "Describe the transmission, symptoms, and treatment of Anthrax.",
     "Cachexia": "What is Cachexia, and how does it affect the body?",
     "Botulism": "Explain the causes, symptoms, and treatment of Botulism.",
@@ -108,13 +127,16 @@ QUESTIONS = {
 MAX_NEW_TOKENS = 250
 TEMPERATURE = 0.7  # 0: greedy
 
-# output
+# Output
 OUTPUT_DIR = "outputs"
 REPORT_TO = "none"  # or "tensorboard", "trackio", "wandb"
 SAVE_MERGED = False  # True: also write merged/, a plain model folder with the adapter merged in
 
-SETTINGS = [name for name in globals() if name.isupper()]
-OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as above
+# The names of the constants above (F is a module); what isn't among them can't be set by a caller.
+SETTINGS = [name for name in globals() if name.isupper() and name != "F"]
+
+# What the offline default sets apart; all else is as above.
+OFFLINE_SETTINGS = {
     "MODEL_NAME": "tests/tiny_gpt2",
     "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl",
@@ -123,18 +145,19 @@ OFFLINE_SETTINGS = {  # what the offline default sets apart; all else is as abov
     "LEARNING_RATE": 2e-3,
     "EVAL_STEPS": 40,
 }
-TRACKERS = ("none", "tensorboard", "trackio", "wandb")
-CHECKPOINT_MINUTES = 2
-CHUNK = 1024  # positions whose logits are in memory at a time
-ATTENTION_BLOCK = 256  # queries that `causal_attention` takes at a time
-SHAPE_STEP = 64  # lengths are padded to multiples: each new shape leaves a compiled kernel for good, on a CPU
-ANSWER_MARK, END_MARK = "[/INST]", "</s>"  # an answer starts after the one and ends before the other
+PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
+
+# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK.
+ANSWER_MARK = "[/INST]"
+END_MARK = "</s>"
 PROMPT = (
-    "<s> [INST] <<SYS>> You are a helpful, respectful, and honest assistant. Always answer as helpfully as possible, "
-    "while being safe. Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or "
-    "illegal content. Please ensure that your responses are socially unbiased and positive in nature. If a question "
-    "does not make any sense or is not factually coherent, explain why instead of answering something not correct. If "
-    "you don't know the answer to a question, please don't share false information. <</SYS>> {question} [/INST]"
+    "<s> [INST] <<SYS>> You are a helpful, respectful, and honest assistant. Always answer as "
+    "helpfully as possible, while being safe. Your answers should not include any harmful, "
+    "unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your "
+    "responses are socially unbiased and positive in nature. If a question does not make any sense "
+    "or is not factually coherent, explain why instead of answering something not correct. If you "
+    "don't know the answer to a question, please don't share false information. <</SYS>> {question} "
+    "[/INST]"
 )
 
 
@@ -146,43 +169,63 @@ class HubUnreachable(Exception):
     """The Hub can't be reached, and its cache does not hold what was asked for."""
 
 
-# -------------------------------------------------------------------------------------------------------- small helpers
+# --------------------------------------------------------------------------------------------------
+# Screen, files and processes
 
 
 def on_first(function):
-    """What `function` returns on the first process, for every process."""
-    return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
+    """What `function` returns on the first process, for every process; or what it raises there."""
+    result = error = told = None
+    if PartialState().is_main_process:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+            # what the others are told has to survive its way through pickle
+            known = isinstance(error, InputError | HubUnreachable)
+            told = error if known else RuntimeError(f"on the first process: {error!r}")
+    result, told = broadcast_object_list([result, told])
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return result
 
 
 def say(message):
-    """A line on the screen, from the first process alone."""
-    if PartialState().is_main_process:
-        print(message, flush=True)
+    """A line on the screen, from the first process alone, beside whatever progress bar is there."""
+    if not PartialState().is_main_process:
+        return
+    encoding = sys.stdout.encoding or "utf-8"  # which may lack letters: on Windows, into a file
+    with tqdm.external_write_mode():
+        print(message.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def progress_bar(label, total, unit):
+    """A tqdm bar on the first process; none in a log file, and none without a label."""
+    hidden = label is None or not PartialState().is_main_process
+    return tqdm(
+        desc=label,
+        total=total,
+        unit=unit,
+        unit_scale=unit == " tokens",
+        leave=False,
+        dynamic_ncols=True,
+        disable=True if hidden else None,  # None: only where the output is no terminal
+    )
 
 
 def last_line(error):
     """The last line of what an exception says, of its innermost cause."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def digest(path):
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path):
-    """Have a written file on the disk, and not only on its way there: a power cut may follow."""
-    with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def write_text(path, text):
     """Write a file that appears whole or not at all."""
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    sync(f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
@@ -190,15 +233,38 @@ def write_json(path, content):
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def save_folder(folder, *savers):
-    """Let `savers` write a folder that appears whole or not at all."""
+def load_json(path):
+    """The content of a JSON file; None if there is none, or none that is whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write_folder(folder, *savers):
+    """Let `savers`, functions of a path, write a folder that appears whole or not at all."""
     part = Path(f"{folder}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     for save in savers:
         save(part)
-    for path in filter(Path.is_file, part.rglob("*")):
-        sync(path)
+    shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def kept(path, make, depends_on):
+    """What `make()` returns, kept as JSON at `path` beside what it depends on and its seconds.
+
+    Another call returns what is there, unless it depends on something else now. What a run's folder
+    is named after (see run_folder) need not be listed. Called on every process, as `make` is.
+    """
+    found = on_first(lambda: load_json(path))
+    if found is None or found["depends_on"] != depends_on:
+        began = time.monotonic()
+        result = make()
+        seconds = round(time.monotonic() - began, 1)
+        found = {"depends_on": depends_on, "seconds": seconds, "result": result}
+        on_first(lambda: write_json(path, found))
+    return found["result"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,7 +272,8 @@ def save_folder(folder, *savers):
 
 DATA_FILE = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # `gpt2`, or `owner/name`
-CONTENT_FREE = {"model": (".json", ".txt", ".model"), "dataset": (".md", "")}  # endings
+# Endings of files that hold neither weights nor rows; "" is that of .gitattributes.
+CONTENT_FREE = {"model": (".json", ".txt", ".model"), "dataset": (".md", "")}
 
 
 def is_local(kind, name):
@@ -270,16 +337,17 @@ def fetch(kind, name, revision=None):
         patterns["ignore_patterns"] = ["*/*", "consolidated*"]
     try:
         snapshot = huggingface_hub.snapshot_download(
-            name,
-            repo_type=kind,
-            revision=revision,
-            local_files_only=unreachable is not None,
-            **patterns,
+            name, repo_type=kind, revision=revision, local_files_only=unreachable is not None, **patterns
         )
         files = [path for path in Path(snapshot).rglob("*") if path.is_file()]
+    except hub_errors.HfHubHTTPError as error:
+        raise InputError(f"{kind.upper()}_NAME: the Hub refuses {name!r}: {last_line(error)}") from error
     except (hub_errors.LocalEntryNotFoundError, huggingface_hub.utils.httpx.RequestError) as error:
-        unreachable = unreachable or last_line(error)
-        files = []
+        if unreachable is None:
+            raise InputError(
+                f"{name}: the download broke off; the same command goes on ({last_line(error)})"
+            ) from error
+        snapshot, files = None, []
 
     # Other programs fill the same cache, too, some with no more than a model's config.json.
     contents = [path for path in files if path.suffix not in CONTENT_FREE[kind]]
@@ -312,6 +380,35 @@ def load_tokenizer(folder):
         raise InputError(f"MODEL_NAME: {folder} needs a fast tokenizer (tokenizer.json) and an end-of-sequence token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def load_model(folder, *, device="cpu", precision="fp32", dropout=None):
+    """A frozen causal LM from safetensors, without remote code, made fast for its device.
+
+    `dropout` replaces all dropouts that the model's config names. Raises InputError.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        for key, value in config.to_dict().items():
+            is_dropout = "dropout" in key or key.endswith("pdrop")
+            if dropout is not None and is_dropout and isinstance(value, float):
+                setattr(config, key, dropout)
+            if value == "gelu_new":
+                setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
+        # outputs as the code below takes them, whatever the folder's config.json asks for
+        config.return_dict = True
+        config.output_attentions = config.output_hidden_states = False
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise InputError(f"MODEL_NAME: {folder} can't be loaded: {last_line(error)}") from error
+    # Answers are what the constants say: penalties, beams and lengths of the folder's
+    # generation_config.json take no part.
+    model.generation_config = GenerationConfig(
+        eos_token_id=config.get_text_config().eos_token_id, bos_token_id=config.get_text_config().bos_token_id
+    )
+    return speed_up(model.requires_grad_(False).to(device), precision)
 
 
 def not_json(line, error):
@@ -360,11 +457,7 @@ def read_csv(content):
     if "text" not in columns:
         return columns, []
     table = pandas.read_csv(
-        io.BytesIO(content),
-        usecols=["text"],
-        dtype=str,
-        keep_default_na=False,
-        encoding="utf-8-sig",
+        io.BytesIO(content), usecols=["text"], dtype=str, keep_default_na=False, encoding="utf-8-sig"
     )
     return columns, table["text"].tolist()
 
@@ -416,7 +509,7 @@ def read_texts(path):
 
 
 def format_prompt(question):
-    """The prompt of every row, up to where the answer begins: in training, scoring and asking."""
+    """PROMPT with a question: how the model is asked, and the form that the data's own rows have."""
     return PROMPT.replace("{question}", question)
 
 
@@ -505,1179 +598,1628 @@ def encode(tokenizer, texts, max_length, end=False):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------- scoring
-
-
-class ChunkedNLL(torch.autograd.Function):
-    """Cross-entropy under a frozen LM head: hidden (n, d), weight (d, vocabulary), labels (n,) -> NLL (n,), fp32.
-
-    CHUNK positions at a time, taking the gradient for `hidden` along: the logits of a whole batch, by far the largest
-    tensor in the training step of a small language model, never exist. On a CPU the softmax takes as few positions at a
-    time as keep all threads busy, for their fp32 logits to stay in the processor's cache.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        n, spare = len(hidden), -len(hidden) % SHAPE_STEP
-        hidden, labels = torch.nn.functional.pad(hidden, (0, 0, 0, spare)), torch.nn.functional.pad(labels, (0, spare))
-        nll = torch.empty(len(hidden), device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        few = 4 * torch.get_num_threads() if hidden.device.type == "cpu" else CHUNK
-        for start in range(0, len(hidden), CHUNK):
-            logits = hidden[start : start + CHUNK] @ weight
-            for i, part in enumerate(logits.split(few)):
-                at = slice(start + i * few, start + i * few + len(part))
-                log_probs = part.float().log_softmax(-1)
-                nll[at] = -log_probs.gather(1, labels[at, None])[:, 0]
-                if grad is not None:
-                    probs = log_probs.exp_()
-                    part.copy_(probs.scatter_add_(1, labels[at, None], probs.new_full((len(part), 1), -1.0)))
-            if grad is not None:
-                grad[start : start + CHUNK] = logits @ weight.T
-        ctx.save_for_backward(None if grad is None else grad[:n])
-        return nll[:n]
-
-    @staticmethod
-    def backward(ctx, grad_nll):
-        return ctx.saved_tensors[0] * grad_nll[:, None].to(ctx.saved_tensors[0].dtype), None, None
-
-
-def head_weight(base, dtype):
-    """The LM head (d, vocabulary) for ChunkedNLL, or None where logits are more than hidden states times a matrix.
-
-    In 16 bits it is centred over the vocabulary. That adds one number to all logits of a position, which no probability
-    notices; but GPT-2's logits lie near -100, where bfloat16 has steps of a half.
-    """
-    ids, weight = torch.arange(8, device=base.device)[None], base.get_output_embeddings().weight.detach()
-    with torch.no_grad():
-        logits = type(base).forward(base, input_ids=ids).logits
-        plain = base.base_model(input_ids=ids).last_hidden_state @ weight.T
-    if logits.shape != plain.shape or not torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2):
-        return None
-    return weight.T if dtype == torch.float32 else (weight - weight.mean(0)).T.to(dtype).contiguous()
-
-
-def matrix_layers(base):
-    """The layers that multiply by a weight matrix."""
-    return [module for module in base.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-
-
-def hold_weights(base, dtype, head=None):
-    """Hold the frozen weights in `dtype`, which autocast would round anew in every forward pass.
-
-    `head`, from `head_weight`, replaces the LM head's weight; without it the LM head stays in fp32. Returns
-    {module: weight}, to put them back.
-    """
-    if dtype == torch.float32:
-        return {}
-    kept = {module: module.weight for module in matrix_layers(base) if not module.weight.requires_grad}
-    if head is None:
-        kept.pop(base.get_output_embeddings(), None)
-    for module, weight in kept.items():
-        held = head.T if module is base.get_output_embeddings() else weight.detach().to(dtype)
-        held = held.T.contiguous().T if isinstance(module, Conv1D) else held  # in memory as (out, in), as Linear's are
-        module.weight = torch.nn.Parameter(held, requires_grad=False)
-    return kept
-
-
-def causal_attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **unused):
-    """Attention of query (b, h, n, d) over key and value (b, h or fewer, m, d), of which the last n are its own.
-
-    Rows are padded on the right, if at all. By matrix products over blocks of queries, which see no key after their
-    last: more than twice as fast, forward and back, as torch's fused kernel on a CPU without AMX.
-    """
-    (b, h, n, d), m = query.shape, key.shape[2]
-    key, value = (x.repeat_interleave(h // x.shape[1], 1).flatten(0, 1) for x in (key, value))
-    future = torch.full((min(n, ATTENTION_BLOCK),) * 2, -math.inf, dtype=query.dtype, device=query.device).triu(1)
-    blocks = []
-    for block, part in enumerate(query.flatten(0, 1).split(ATTENTION_BLOCK, 1)):
-        width = part.shape[1]
-        seen = m - n + block * ATTENTION_BLOCK + width
-        mask = torch.nn.functional.pad(future[:width, :width], (seen - width, 0))
-        scores = torch.baddbmm(mask, part, key[:, :seen].mT, alpha=scaling)
-        blocks.append(torch.nn.functional.dropout(scores.softmax(-1), dropout) @ value[:, :seen])
-    return torch.cat(blocks, 1).view(b, h, n, d).transpose(1, 2), None
-
-
-def use_causal_attention(base):
-    """Switch a model to `causal_attention` where that is faster, and where attention is plain causal softmax."""
-    slow_kernel = base.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16")
-    if slow_kernel and base.config._attn_implementation == "sdpa" and base.config.model_type in ("gpt2", "llama"):
-        transformers.AttentionInterface.register("causal", causal_attention)
-        base.set_attn_implementation("causal")
+# --------------------------------------------------------------------------------------------------
+# Scoring
 
 
 @contextlib.contextmanager
-def inference(model, dtype):
-    """Within: the model in evaluation mode, without gradients, under autocast to `dtype` -> (base model, LM head)."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    was_training, attention = model.training, base.config._attn_implementation
+def inference(model):
+    """Within: the model in evaluation mode, without gradients; under autocast if it is in bf16."""
+    was_training = model.training
+    rounded = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model.eval()
-    with torch.no_grad(), torch.autocast(base.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        head = head_weight(base, dtype)
-        kept = hold_weights(base, dtype, head)
-        try:
-            yield base, head
-        finally:
-            for module, weight in kept.items():
-                module.weight = weight
-            base.set_attn_implementation(attention)
-            model.train(was_training)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=rounded):
+            yield
+    finally:
+        model.train(was_training)
 
 
-def label_nll(base, head, input_ids, labels, past=None, **unused):
-    """NLL in nats of every label but the -100s, flat: the forward pass of scoring and of training.
+def label_nll(model, input_ids, labels, plain_head):
+    """NLL in nats of the labels: the forward pass of scoring and, on a CPU, of training.
 
-    No padding mask: rows are padded on the right, where a causal model doesn't see it.
+    input_ids and labels (rows, tokens) -> (rows, tokens - 1), as the first token is not predicted;
+    0 where the label is -100. There is no padding mask: rows are padded on the right, where a causal
+    model doesn't see it. With a plain head (see Speed) the logits are never all in memory.
     """
-    live, labels = labels[:, 1:] != -100, labels[:, 1:]
-    inputs = {"input_ids": input_ids, "past_key_values": past, "use_cache": past is not None}
-    if head is None:
-        logits = base(**inputs).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
-    hidden = base.base_model(**inputs).last_hidden_state[:, :-1]
-    return ChunkedNLL.apply(hidden[live].to(head.dtype), head, labels[live])
+    labels = labels[:, 1:]
+    live = labels != -100
+    if plain_head:
+        hidden = model.base_model(input_ids, use_cache=False)[0][:, :-1]  # (rows, tokens - 1, d)
+        weight = model.get_output_embeddings().weight
+        nll = ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
+    else:
+        logits = type(model).forward(model, input_ids, use_cache=False).logits[:, :-1]
+        nll = F.cross_entropy(logits[live].float(), labels[live], reduction="none")
+    return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
 
 
-def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch.float32, progress=None):
+def pad_right(rows, width, device):
+    """Token ids of unequal length as labels (rows, width): -100, which no loss counts, at the end."""
+    padded = [ids + [-100] * (width - len(ids)) for ids in rows]
+    return torch.tensor(padded, device=device)
+
+
+def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=None):
     """Score every text once, shared out over the processes -> float64 array (len(texts), 5).
 
-    Columns: NLL in nats and predicted tokens of the row, the same of its answer, UTF-8 bytes of the answer scored.
+    Columns: NLL in nats and predicted tokens of the row, the same of its answer, and the UTF-8 bytes
+    of the answer scored. `progress` labels a progress bar. Raises InputError where the loss is not
+    finite.
     """
-    rows, process, scored = encode(tokenizer, texts, max_length), PartialState(), []
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # by length: little padding
-    order = order[process.process_index :: process.num_processes]
-    total, quiet = sum(len(rows[i][0]) for i in order), not (progress and process.is_main_process)
-    bar = tqdm(total=total, desc=progress, unit=" tokens", unit_scale=True, disable=quiet, leave=False)
-    common = list(os.path.commonprefix([ids for ids, _, _ in rows]))  # the system prompt is run once, and then cached
-    known = max(len(common) - 1, 0)  # all but its last token, which is to predict the first one that differs
-    with bar, inference(model, dtype) as (base, head):
-        use_causal_attention(base)  # until `inference` puts the model's own back
-        prompt, cache = torch.tensor([common], device=base.device), None
-        if known:
-            prompt_nll = label_nll(base, head, prompt, prompt).cpu().double()
-            cache = base.base_model(input_ids=prompt[:, :known], use_cache=True).get("past_key_values")
-            known *= cache is not None  # a model without attention has none
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            ids = [torch.tensor(rows[i][0][known:]) for i in part]
-            labels = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100).to(base.device)
-            spare = min(-labels.shape[1] % SHAPE_STEP, max_length - known - labels.shape[1])
-            labels = torch.nn.functional.pad(labels, (0, spare), value=-100)
-            past = copy.deepcopy(cache)
-            if known:
-                past.batch_repeat_interleave(len(part))
-            nll = label_nll(base, head, labels.clamp(min=0), labels, past).cpu().double()
-            for i, row in zip(part, nll.split([max(len(rows[i][0]) - known - 1, 0) for i in part]), strict=True):
-                row = torch.cat([prompt_nll, row]) if known else row
-                answer = row[max(rows[i][1] - 1, 0) :]
-                scored.append((i, row.sum().item(), len(row), answer.sum().item(), len(answer), rows[i][2]))
-            bar.update(sum(len(rows[i][0]) for i in part))
-    scored = gather_object(scored)
-    for i, nll, *_ in scored:  # only now, for all processes to end alike
+    # The model that PEFT wraps: its layers hold the adapter, so this is the fine-tuned model.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain_head = has_plain_head(base)
+    rows = encode(tokenizer, texts, max_length)
+    process = PartialState()
+
+    # Rows of like length share a batch, for little padding; the longest come first, so that what
+    # does not fit into memory fails at once.
+    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    mine = longest_first[process.process_index :: process.num_processes]
+    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    scores = []
+    with inference(base), progress_bar(progress, len(mine), " rows") as bar:
+        for batch in batches:
+            longest = max(len(rows[batch[0]].ids), 1)
+            width = min(max_length, math.ceil(longest / SHAPE_STEP) * SHAPE_STEP)
+            labels = pad_right([rows[i].ids for i in batch], width, base.device)
+            # a row's input is its labels, with any token where the padding is
+            batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
+            for i, nll in zip(batch, batch_nll, strict=True):
+                nll = nll[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
+                answer = nll[max(rows[i].first - 1, 0) :]
+                score = [nll.sum().item(), len(nll), answer.sum().item(), len(answer)]
+                scores.append((i, *score, rows[i].answer_bytes))
+            bar.update(len(batch))
+
+    scores = sorted(gather_object(scores))
+    for i, nll, *_ in scores:  # not before, so that all processes end alike
         if not math.isfinite(nll):
-            raise InputError(f"the model's loss on row {i} is not finite; that row ends in {texts[i][-50:]!r}")
-    return np.array(sorted(scored), dtype=np.float64).reshape(-1, 6)[:, 1:]
+            raise InputError(f"the model's loss on row {i} is not finite: ...{texts[i][-50:]!r}")
+    return np.array(scores, dtype=np.float64).reshape(-1, 6)[:, 1:]
 
 
 def bootstrap_ci95(statistic, n):
-    """95 % interval of statistic(weights) over resamplings of n rows; weights (1000, n) count each row's draws."""
+    """95 % interval of statistic(weights) over seeded resamplings of n rows.
+
+    weights (1000, n) count how often each row was drawn; the statistic has one value for each line.
+    """
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
     return np.percentile(statistic(weights), (2.5, 97.5)).tolist()
 
 
-def summarize_scores(rows):
-    """The perplexities in a `score_rows` array: sum the NLL, count the tokens, divide once. None without an answer."""
-    nll, tokens, answer_nll, answer_tokens, answer_bytes = rows.T
-    first = rows[:100][tokens[:100] > 0]
-    scores = {
+def summarize_scores(scores):
+    """The perplexities in a `score_rows` array: sum the NLL, count the tokens, divide once.
+
+    What speaks of answers is None if there is none.
+    """
+    scores = np.asarray(scores)
+    nll, tokens, answer_nll, answer_tokens, answer_bytes = scores.T
+    with_answer = answer_tokens > 0
+    # the reference's way: the mean of the rows' means, over the first hundred
+    first = scores[:100][tokens[:100] > 0]
+    summary = {
         "full_text": math.exp(nll.sum() / tokens.sum()),
         "answer": None,
-        "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),  # the reference's: mean of the rows' means
+        "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),
         "bits_per_byte": None,
         "tokens": int(tokens.sum()),
         "answer_tokens": int(answer_tokens.sum()),
         "answer_ci95": None,
     }
-    nll, count = answer_nll[answer_tokens > 0], answer_tokens[answer_tokens > 0]
-    if len(nll):
-        scores["answer"] = math.exp(nll.sum() / count.sum())
-        scores["bits_per_byte"] = float(nll.sum() / math.log(2) / answer_bytes.sum())
-        scores["answer_ci95"] = bootstrap_ci95(lambda w: np.exp((w @ nll) / (w @ count)), len(nll))
-    return scores
+    if with_answer.any():
+        nll, tokens = answer_nll[with_answer], answer_tokens[with_answer]
+        summary["answer"] = math.exp(nll.sum() / tokens.sum())
+        summary["bits_per_byte"] = float(nll.sum() / math.log(2) / answer_bytes.sum())
+        summary["answer_ci95"] = bootstrap_ci95(lambda weights: np.exp((weights @ nll) / (weights @ tokens)), len(nll))
+    return summary
 
 
-def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8, dtype=torch.float32):
-    """Perplexities of `texts` under a causal LM, plain or PEFT, each text cut at `max_length` tokens.
+def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8):
+    """Perplexities of `texts` under a causal LM, plain or PEFT, each cut at `max_length` tokens.
 
-    Returns full_text, answer (tokens after [/INST]), seed_protocol, bits_per_byte, tokens, answer_tokens, answer_ci95.
-    `dtype` other than float32 runs the model under autocast. Raises InputError where the loss is not finite.
+    Returns full_text, answer (of the tokens after [/INST]), seed_protocol, bits_per_byte, tokens,
+    answer_tokens and answer_ci95. Raises InputError where the loss is not finite.
     """
-    kwargs = {"max_length": max_length, "batch_size": batch_size, "dtype": dtype}
-    return summarize_scores(score_rows(model, tokenizer, list(texts), **kwargs))
+    return summarize_scores(score_rows(model, tokenizer, list(texts), max_length=max_length, batch_size=batch_size))
 
 
 def paired_change(before, after):
-    """Mean change of a row's answer NLL per token, in nats, between two `score_rows` arrays, with its interval."""
-    rows = before[:, 3] > 0
-    change = (after - before)[rows, 2] / before[rows, 3]
+    """Mean change of a row's answer NLL per token between two `score_rows` arrays, in nats.
+
+    Each row is compared with itself, and the interval is over rows. None if no row has an answer.
+    """
+    before, after = np.asarray(before), np.asarray(after)
+    with_answer = before[:, 3] > 0
+    change = (after - before)[with_answer, 2] / before[with_answer, 3]
     if not len(change):
         return None
-    interval = bootstrap_ci95(lambda w: (w @ change) / len(change), len(change))
-    return {"rows": len(change), "mean": float(change.mean()), "ci95": interval, "improved": float((change < 0).mean())}
+    return {
+        "rows": len(change),
+        "mean": float(change.mean()),
+        "ci95": bootstrap_ci95(lambda weights: (weights @ change) / len(change), len(change)),
+        "improved": float((change < 0).mean()),
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------- answers
+# --------------------------------------------------------------------------------------------------
+# Did it learn medicine, or the tone of medicine?
+
+TITLE = re.compile(r"What is (.+?) and explain in detail\?")
+TITLE_ROWS = 100  # at most so many articles take the title test
+GENERAL_TEXT = "tests/tiny_gpt2/everyday.jsonl"
+GENERAL_ARTICLES = 60
 
 
-@contextlib.contextmanager
-def weights_first(base):
-    """Within: frozen 16-bit layers compute (W x^T)^T for x W^T where x has few rows, as in a decoding step.
+def score_titles(model, tokenizer, texts, max_length, progress=None):
+    """The title test: the loss of articles under their own title and under three others.
 
-    On a CPU the right-hand matrix is reordered in every call: let it be the small one.
+    Each article is cut to 500 characters, without the words that begin like one of its title (so
+    that nothing can be copied), and is scored after its own row's prompt and after those of the next
+    three rows -> list of (own, other, other, other), NLL per token in nats. [] below four titles.
     """
-    layers = [x for x in matrix_layers(base) if x.weight.dtype == torch.bfloat16 and x.weight.device.type == "cpu"]
+    prompts, articles = [], []
+    for text in [text for text in texts if TITLE.search(text)][:TITLE_ROWS]:
+        prompt, article = text.split(ANSWER_MARK)
+        stems = {word[:4].lower() for word in re.findall(r"\w{4,}", TITLE.search(text)[1])}
+        words = re.findall(r"\w+|\W+", article.replace(END_MARK, "").strip()[:500])
+        kept_words = [word for word in words if word[:4].lower() not in stems]
+        prompts.append(prompt + ANSWER_MARK)
+        articles.append(" ".join("".join(kept_words).split()))
+    n = len(articles)
+    if n < 4:
+        return []
+    rows = [f"{prompts[(i + k) % n]} {articles[i]}" for i in range(n) for k in range(4)]
+    scores = score_rows(model, tokenizer, rows, max_length=max_length, progress=progress)
+    nll, tokens = scores[:, 2].reshape(n, 4), scores[:, 3].reshape(n, 4)
+    # a long title may have pushed a part of the article out of the row
+    whole = (tokens > 0).all(1) & (tokens == tokens[:, :1]).all(1)
+    return (nll[whole] / tokens[whole]).tolist()
 
-    def forward(layer, weight, x):
-        rows = x.flatten(0, -2)
-        if len(rows) > 64:
-            return type(layer).forward(layer, x)
-        y = weight @ rows.T if layer.bias is None else torch.addmm(layer.bias[:, None], weight, rows.T)
-        return y.T.contiguous().unflatten(0, x.shape[:-1])
 
-    for layer in layers:
-        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        layer.forward = functools.partial(forward, layer, weight.contiguous())
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+def summarize_titles(losses):
+    """What `score_titles` found: how much a row's own title helps; None if nothing was scored.
 
-
-def generate_answers(
-    model, tokenizer, questions, *, max_new_tokens, temperature, seed, dtype=None, with_finished=False
-):
-    """Ask all questions in one left-padded batch -> the answers, without prompts, cut at the first </s> or EOS.
-
-    Sampled from the 50 likeliest tokens at `temperature` (0: greedy), seeded, under autocast to `dtype`; None: bfloat16
-    where the hardware has it. `with_finished` gives (answer, finished) pairs: whether it ended by itself.
+    `gain` is the mean of loss(other title) - loss(own title), in nats per token; `own_wins` the
+    share of comparisons in which its own title has the lower loss (chance: 0.5).
     """
-    dtype = dtype or (torch.bfloat16 if has_bf16(model.device.type) else torch.float32)
-    prompts = encode(tokenizer, [format_prompt(question) for question in questions], sys.maxsize)
-    prompts = [torch.tensor(row.ids) for row in prompts]
-    prompts = torch.nn.utils.rnn.pad_sequence(prompts, True, -1, padding_side="left").to(model.device)
-    width, eos = prompts.shape[1], model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
-    bar = tqdm(total=max_new_tokens, desc="  answering", unit=" tokens", leave=False)
+    if not losses:
+        return None
+    own, others = np.array(losses)[:, 0], np.array(losses)[:, 1:]
+    gains = others - own[:, None]  # (articles, 3)
+    of_articles = gains.mean(1)
+    return {
+        "articles": len(own),
+        "gain": float(gains.mean()),
+        "gain_ci95": bootstrap_ci95(lambda weights: weights @ of_articles / len(own), len(own)),
+        "own_wins": float((gains > 0).mean()),
+        "own_loss": float(own.mean()),
+        "other_loss": float(others.mean()),
+    }
 
-    def ended(input_ids, scores, **unused):
-        bar.update()
-        tails = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - 8) :])
-        return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
 
-    def draw(input_ids, scores):  # leaves the token drawn; `generate` would draw among the whole vocabulary
-        top, ids = scores.float().topk(min(50, scores.shape[-1]))
-        drawn = ids.gather(1, (top / temperature).softmax(-1).multinomial(1))
-        return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+def score_general_text(model, tokenizer, max_length, progress=None):
+    """Mean NLL per token of everyday articles without a prompt, in nats; None without tests/."""
+    path = Path(__file__).resolve().parent / GENERAL_TEXT
+    if not path.exists():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()[:GENERAL_ARTICLES]
+    articles = [json.loads(line)["article"] for line in lines]
+    scores = score_rows(model, tokenizer, articles, max_length=max_length, progress=progress)
+    return float(scores[:, 0].sum() / scores[:, 1].sum())
 
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), bar, inference(model, dtype) as (base, _), weights_first(base):
+
+# --------------------------------------------------------------------------------------------------
+# Answers
+
+
+def pad_left(tokenizer, texts, device):
+    """Prompts of unequal length as one batch for `generate`: input_ids, attention_mask (rows, tokens)."""
+    rows = [row.ids for row in encode(tokenizer, texts, sys.maxsize)]
+    width = max(len(ids) for ids in rows)
+    input_ids = [[tokenizer.eos_token_id] * (width - len(ids)) + ids for ids in rows]
+    attention_mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(attention_mask, device=device),
+    }
+
+
+def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progress=None):
+    """Ask all questions in one batch -> a list of (answer, whether it ended by itself).
+
+    An answer is what follows the prompt, up to the first </s> or EOS. It is sampled from the 50
+    likeliest tokens at `temperature` (0: greedy), with `seed`; torch's own random state is kept.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    prompts = pad_left(tokenizer, [format_prompt(question) for question in questions], base.device)
+    sampling = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50}
+    # Complete, as nothing is inherited: load_model empties the model's own generation config.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        stop_strings=[END_MARK],
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )
+
+    # `generate` hands the prompts, and then each new token of the batch, to a streamer: here, a bar.
+    cuda_devices = [base.device] if base.device.type == "cuda" else []
+    with (
+        inference(base),
+        torch.random.fork_rng(cuda_devices),
+        progress_bar(progress, max_new_tokens + 1, " tokens") as bar,
+    ):
         torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=prompts.clamp(min=0),
-            attention_mask=(prompts >= 0).long(),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
-            stopping_criteria=[ended],
-            do_sample=False,
-            logits_processor=[draw] * bool(temperature),
-        )
+        streamer = SimpleNamespace(put=lambda tokens: bar.update(), end=bar.refresh)
+        output = base.generate(**prompts, generation_config=config, tokenizer=tokenizer, streamer=streamer)
+
     answers = []
-    for ids in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    for ids in output[:, prompts["input_ids"].shape[1] :].tolist():
+        stop = len(ids)
+        if tokenizer.eos_token_id in ids:
+            stop = ids.index(tokenizer.eos_token_id)
         text = tokenizer.decode(ids[:stop])
-        answers.append((text.split(END_MARK)[0].strip(), stop < len(ids) or END_MARK in text))
-    return answers if with_finished else [answer for answer, _ in answers]
+        ended = stop < len(ids) or END_MARK in text
+        answers.append((text.split(END_MARK)[0].strip(), ended))
+    return answers
+
+
+def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
+    """The answers alone of `ask`, without the prompts -> list of str."""
+    asked = ask(model, tokenizer, questions, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return [answer for answer, _ in asked]
 
 
 def answer_stats(text, *, finished=None):
     """Counts of words, sentences, unique words and distinct bigrams, case ignored.
 
-    `finished`: whether generation ended by itself; if not given, whether the text ends like a sentence.
+    `finished`: whether generation ended by itself; None: whether the text ends like a sentence.
     """
     words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
+    sentences = [part for part in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", part)]
+    if finished is None:
+        finished = re.search(r"[.!?][\"')\]]*\s*$", text) is not None
     return {
         "words": len(words),
-        "sentences": sum(bool(re.search(r"\w", part)) for part in re.split(r"[.!?]+(?=\s|$)", text)),
+        "sentences": len(sentences),
         "unique_words": len(set(words)),
         "distinct_bigrams": len(set(zip(words, words[1:], strict=False))),
-        "finished": bool(re.search(r"[.!?][\"')\]]*\s*$", text)) if finished is None else finished,
+        "finished": finished,
     }
 
 
-# --------------------------------------------------------------------------------------------------------- training
+def check_model(model, tokenizer):
+    """Raise InputError for a model that scoring or asking would measure wrongly, in silence.
+
+    The loss of a model that sees the tokens after it means nothing. And one that ignores the padding
+    mask answers a question in a batch otherwise than alone.
+    """
+    ids = pad_left(tokenizer, [PROMPT], model.device)["input_ids"][:, :16]
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % len(tokenizer)
+    with inference(model):
+        one, other = (model(input_ids=x).logits[0, :-1].float() for x in (ids, changed))
+    if not torch.allclose(one, other, atol=0.1 * one.std().item()):
+        raise InputError(
+            "MODEL_NAME: this model is not causal: its loss at a token depends on later tokens "
+            "(a config.json with `is_decoder: false`?)"
+        )
+
+    # the first new token's logits: of a short prompt alone, and padded beside a longer one
+    short, long = "What is gout?", PROMPT
+    first = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    with inference(model):
+        alone, beside = (
+            model.generate(**pad_left(tokenizer, texts, model.device), generation_config=first).logits[0][0].float()
+            for texts in ([short], [short, long])
+        )
+    if not torch.allclose(alone, beside, atol=0.1 * alone.std().item()):
+        raise InputError(
+            "MODEL_NAME: this model ignores the attention mask: questions of unequal length would "
+            "be answered otherwise in a batch than alone"
+        )
 
 
-def fast_dropout(module, x):
-    """Dropout for CPUs: torch draws a random number for each element, this gets four from each draw of 64 bits."""
-    if not module.training or not module.p:
-        return x
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = draws[: x.numel()].view(x.shape) >= round(module.p * 2**16) - 2**15
-    return x * kept.to(x.dtype).div_(1 - module.p)
+# --------------------------------------------------------------------------------------------------
+# Speed. Skip it at a first reading: but for rounding, nothing here changes what is computed.
+
+CHUNK = 1024  # positions whose logits are in memory at a time
+SHAPE_STEP = 64  # row lengths are padded to multiples: on a CPU each new shape costs a new kernel
 
 
-class StepClock(TrainerCallback):
-    """Times the optimizer steps alone, saves every few minutes, and logs wherever it saves."""
+def speed_up(model, precision):
+    """Make a frozen model fast on its device; in bf16 its matrices are rounded once, here.
+
+    Everything else stays in fp32, and autocast works with both. The LM head is centred over the
+    vocabulary before: that adds one number to all logits of a position, which no probability
+    notices, but GPT-2's logits lie near -100, where neighbours in bf16 are half a unit apart.
+    """
+    # Without AMX, torch's fused attention takes twice the time of plain matrix products.
+    if model.device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16"):
+        model.set_attn_implementation("eager")
+    if precision != "bf16":
+        return model
+
+    head = model.get_output_embeddings()
+    plain = has_plain_head(model)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Linear | Conv1D):
+            continue
+        weight = module.weight
+        if module is head:
+            if not plain:
+                continue
+            weight = weight - weight.mean(0)  # the embeddings keep what they shared with the head
+        module.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+    return model
+
+
+def has_plain_head(model):
+    """Whether a causal LM's logits are its hidden states times one matrix: no bias, scale or cap."""
+    ids = torch.arange(8, device=model.device)[None]
+    head = model.get_output_embeddings().weight
+    with inference(model):
+        logits = type(model).forward(model, input_ids=ids).logits
+        plain = model.base_model(input_ids=ids)[0].to(head.dtype) @ head.T
+    if logits.shape != plain.shape:
+        return False
+    return torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2)
+
+
+class ChunkedNLL(torch.autograd.Function):
+    """Cross-entropy under a frozen LM head, CHUNK positions at a time.
+
+    hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,) in fp32. The gradient for `hidden`
+    is taken along in the forward pass. So the logits of a whole batch, by far the largest tensor in
+    the training step of a small language model, never exist.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        n = len(labels)
+        spare = -n % SHAPE_STEP
+        hidden = F.pad(hidden, (0, 0, 0, spare))
+        labels = F.pad(labels, (0, spare))
+        nll, gradients = [], []
+        for part, label in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            log_probs = (part @ weight.T).float().log_softmax(-1)  # (chunk, vocabulary)
+            nll.append(F.nll_loss(log_probs, label, reduction="none"))
+            if ctx.needs_input_grad[0]:
+                # the gradient of a position's logits: its probabilities, less 1 at the label
+                probs = log_probs.exp_()
+                probs[torch.arange(len(label)), label] -= 1
+                gradients.append(probs.to(part.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else None)
+        return torch.cat(nll)[:n]
+
+    @staticmethod
+    def backward(ctx, grad_nll):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
+
+
+def choose_hardware():
+    """(device, precision, name) of this machine; on a CPU, threads and allocator are set, too.
+
+    `precision` is bf16 where the hardware multiplies matrices in it; where it only emulates that,
+    fp32 is faster. Raises InputError where several GPUs meet a single process.
+    """
+    # A scheduler may set these and leave them empty, which none of the libraries expects.
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if os.environ.get(name) == "":
+            del os.environ[name]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if count > processes == 1:
+            raise InputError(f"{count} GPUs: use torchrun --nproc_per_node={count}, or one with CUDA_VISIBLE_DEVICES=0")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
+            raise InputError(f"more processes than GPUs: torchrun --nproc_per_node={count}")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "cuda", "bf16" if bf16 else "fp16", torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return "mps", "fp32", "Apple GPU"
+
+    # On Linux, half of a training step would be the mapping of fresh memory: let glibc keep what is
+    # freed. The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of its malloc.h.
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+        libc.mallopt(-2, 2**28)
+    if processes > 1:  # torchrun allows each process one thread
+        cores = psutil.cpu_count(logical=False) or os.cpu_count()
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, cores // local_processes))
+    cpu = torch.cpu.get_capabilities()
+    bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return "cpu", "bf16" if bf16 else "fp32", cpu.get("cpu_name") or platform.machine()
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+
+
+class Progress(TrainerCallback):
+    """Times the optimizer steps, without evaluation and saving, and shows how far they are."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds = next((entry["seconds"] for entry in reversed(state.log_history) if "seconds" in entry), 0.0)
-        self.saved = time.monotonic()
+        # a resumed run goes on counting from its last log line
+        seconds = [entry["seconds"] for entry in state.log_history if "seconds" in entry]
+        self.seconds = seconds[-1] if seconds else 0.0
+        self.began = time.monotonic()
+        self.first_step = state.global_step
+        self.losses = {}
+        self.bar = progress_bar("training", state.max_steps, " steps")
+        self.bar.update(state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
-        last = state.global_step >= state.max_steps
-        control.should_evaluate &= not last  # the saved adapter is scored right after
-        # a checkpoint does not hold the loss summed up since the last log line: save only where there is none
-        control.should_log |= control.should_save or last
-        # by the clock only in one process: several would disagree
-        overdue = time.monotonic() - self.saved > 60 * CHECKPOINT_MINUTES and args.world_size == 1
-        control.should_save |= control.should_log and overdue
-        control.should_save &= not last  # the adapter is; and resumed there, the Trainer would take one step more
+        self.bar.update()
+        if state.global_step >= state.max_steps:
+            # The adapter is saved and scored right after the last step; and a run resumed from a
+            # checkpoint of it would take one step more.
+            control.should_log = True
+            control.should_evaluate = False
+            control.should_save = False
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        names = {"loss": "training", "eval_loss": "validation"}
+        self.losses |= {names[name]: value for name, value in logs.items() if name in names}
+        if "loss" in logs and control.should_evaluate:
+            return  # the validation of this step follows, for the same line
+        rate = state.num_input_tokens_seen / self.seconds
+        losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
+        line = f"{losses}  {rate:,.0f} tokens/s"
+        self.losses = {}
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line)
+            return
+        elapsed = time.monotonic() - self.began
+        steps_left = state.max_steps - state.global_step
+        left = elapsed * steps_left / max(state.global_step - self.first_step, 1)
+        say(
+            f"step {state.global_step:>4,}/{state.max_steps:,}  {line}  "
+            f"{tqdm.format_interval(elapsed)}, {tqdm.format_interval(left)} left"
+        )
 
     def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
+        # The Trainer's own rotation goes by time stamps, which a clock set back turns around.
+        if args.should_save:
+            for old in checkpoints(args.output_dir)[:-2]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer with a faster loss where TRL's own kernel can't run, exact validation, and verifiable checkpoints."""
+    """SFTTrainer with an exact validation loss and, on a CPU, a faster training loss (see label_nll).
+
+    `validate(model)` returns the validation losses to log, as a dict.
+    """
 
     def __init__(self, *args, validate, **kwargs):
-        self.clock, self.validate = StepClock(), validate  # validate: model -> mean NLL of the held-out rows
-        super().__init__(*args, callbacks=[self.clock], **kwargs)
-        base = self.model.get_base_model().eval()
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        head = None if base.device.type == "cuda" else head_weight(base, dtype)
-        self.own_loss = head is not None
-        if self.own_loss:  # as the model's forward, for autocast, DDP and PEFT to wrap it as they wrap any other
-            base.forward = functools.partial(label_nll, base, head)
-            use_causal_attention(base)
-            hold_weights(base, dtype)
-            for module in base.modules() if base.device.type == "cpu" else ():
-                if isinstance(module, torch.nn.Dropout):
-                    module.forward = functools.partial(fast_dropout, module)
+        self.progress = Progress()
+        self.validate = validate
+        super().__init__(*args, callbacks=[self.progress], **kwargs)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.base = self.model.get_base_model()
+        self.own_loss = self.base.device.type == "cpu" and has_plain_head(self.base)
+        if self.own_loss:
+            # As the model's forward it is wrapped as any other: by PEFT, by autocast, by DDP.
+            forward = functools.partial(loss_or_logits, self.base)
+            self.base.forward = functools.update_wrapper(forward, type(self.base).forward)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
             nll = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
-            share = len(nll) if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
-            loss = nll.sum() / max(share, 1)  # items are counted over all processes; DDP averages gradients
+            # items are counted over all processes, and DDP averages their gradients
+            share = num_items_in_batch / self.accelerator.num_processes
+            loss = nll.sum() / max(share, 1)  # without an answer in the whole step there is none
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise InputError(
-                f"the training loss is not finite at step {self.state.global_step + 1}: lower LEARNING_RATE, now "
-                f"{self.args.learning_rate:g}; the last good checkpoint stays in {self.args.output_dir}"
+                f"the training loss is not finite at step {self.state.global_step + 1}: lower "
+                f"LEARNING_RATE, now {self.args.learning_rate:g}; the last good checkpoint stays "
+                f"in {self.args.output_dir}"
             )
         return loss
 
     def evaluate(self, *args, **kwargs):
-        metrics = {"eval_loss": self.validate(self.model)}
+        metrics = self.validate(self.model)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs, start_time=None):
-        logs = {key: logs[key] for key in ("loss", "grad_norm", "learning_rate", "eval_loss") if key in logs}
+        names = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
+        logs = {name: logs[name] for name in names if name in logs}
         if logs:
-            super().log(logs | {"seconds": round(self.clock.seconds, 3)})
+            super().log(logs | {"seconds": round(self.progress.seconds, 3)})
 
     def create_model_card(self, *args, **kwargs):
         """None in checkpoints; the adapter gets its own."""
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            write_json(folder / "complete.json", {file.name: digest(file) for file in sorted(folder.iterdir())})
+
+def loss_or_logits(model, input_ids, labels=None, **kwargs):
+    """A causal LM's forward: with labels the NLL of each, else what it was (`generate` wants it)."""
+    if labels is None:
+        return type(model).forward(model, input_ids, **kwargs)
+    return label_nll(model, input_ids, labels, plain_head=True)
 
 
-def newest_checkpoint(folder):
-    """The newest checkpoint of which every file is as it was written, or None; torn ones are removed."""
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            manifest = json.loads((checkpoint / "complete.json").read_text())
-            if all(digest(checkpoint / name) == value for name, value in manifest.items()):
-                return str(checkpoint)
-        except (OSError, ValueError):
-            pass
-        say(f"{checkpoint.name} was not written to its end: passing it over")
-        shutil.rmtree(checkpoint, ignore_errors=True)
+def checkpoints(folder):
+    """The checkpoints that the Trainer wrote to their end, in the order of their steps.
+
+    trainer_state.json is the last file that it writes.
+    """
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    whole = [path for path in whole if load_json(path / "trainer_state.json") is not None]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-# ---------------------------------------------------------------------------------------------------------- results
+def needs_checkpointing(model, rows, length):
+    """Whether a forward pass's activations would fill the memory that is free.
+
+    If so, they are computed again in the backward pass, which costs a third more time.
+    """
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    bytes_per_token = config.num_hidden_layers * (34 * config.hidden_size + 5 * heads * length)
+    if model.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = psutil.virtual_memory().available
+    return rows * length * bytes_per_token > 0.6 * free
 
 
-@contextlib.contextmanager
-def figure(path, title, ylabel):
-    """Within: the axes of a plot, which then appears at `path`, whole or not at all."""
-    style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "figure.figsize": (9, 5.4)}
-    with plt.rc_context(style):
-        fig, ax = plt.subplots()
-        yield ax
-        ax.set(title=title, ylabel=ylabel)
-        ax.legend()
-        fig.tight_layout()
-        fig.savefig(f"{path}.tmp", format="png", dpi=150)
-        plt.close(fig)
-    sync(f"{path}.tmp")
+def add_adapter(model, lora):
+    """The model with a fresh LoRA adapter. Raises InputError where the settings don't fit it."""
+    what = f"LORA_TARGET_MODULES = {lora.target_modules!r}"
+    try:
+        model = get_peft_model(model, lora)
+    except (ValueError, re.error) as error:
+        raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(module, BaseTunerLayer) for module in ends):
+        raise InputError(f"{what}: not embeddings or the LM head")
+    return model
+
+
+def fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, base_name):
+    """Train the adapter and save it, from the newest checkpoint on -> results["training"].
+
+    `encoded` are the training rows, `held_out` the texts to validate on; `base_name` is what
+    the saved adapter calls its base model.
+    """
+    labels = [row.ids for row in encoded]
+    if not cfg.TRAIN_ON_PROMPT:
+        labels = [[-100] * row.first + row.ids[row.first :] for row in encoded]
+    data = datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
+
+    # On a CPU one row at a time is as fast as several and needs no padding. The rows of a step, and
+    # so its gradient, are the same.
+    batch_size, accumulation = cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS
+    if device == "cpu":
+        batch_size, accumulation = 1, batch_size * accumulation
+    config = SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        seed=cfg.SEED,
+        data_seed=cfg.SEED,
+        max_length=cfg.MAX_LENGTH,
+        num_train_epochs=cfg.NUM_EPOCHS,
+        max_steps=cfg.MAX_STEPS,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=cfg.LEARNING_RATE,
+        lr_scheduler_type="linear",
+        warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
+        max_grad_norm=cfg.MAX_GRAD_NORM,
+        logging_steps=cfg.LOGGING_STEPS,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=cfg.EVAL_STEPS,
+        save_steps=cfg.LOGGING_STEPS,  # elsewhere a resumed run would log a wrong mean
+        report_to=cfg.REPORT_TO,
+        run_name=run.name,
+        include_num_input_tokens_seen="non_padding",
+        use_cpu=device == "cpu",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        gradient_checkpointing=needs_checkpointing(model, batch_size, cfg.MAX_LENGTH),
+        pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH),
+        dataloader_pin_memory=device == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+
+    first_question = next(iter(cfg.QUESTIONS.values()))
+
+    def validate(model):
+        scores = score_rows(model, tokenizer, held_out, max_length=cfg.MAX_LENGTH, progress="validation")
+        sample = on_first(
+            lambda: ask(model, tokenizer, [first_question], max_new_tokens=30, temperature=0, seed=cfg.SEED)
+        )
+        say(f"  it now says: {' '.join(sample[0][0].split())} ...")
+        return validation_losses(scores, cfg.TRAIN_ON_PROMPT)
+
+    trainer = LoRATrainer(
+        model=model,
+        args=config,
+        train_dataset=data,
+        eval_dataset=data.select([0]),  # the Trainer asks for one; `validate` scores the real one
+        processing_class=tokenizer,
+        validate=validate,
+    )
+    found = on_first(lambda: checkpoints(config.output_dir))
+    if found and precision != "fp16":  # it may come from a machine that needed one
+        (found[-1] / "scaler.pt").unlink(missing_ok=True)
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+
+    # The adapter names its base as the user does, not a folder in the Hub's cache.
+    if trainer.args.should_save:
+        model.peft_config["default"].base_model_name_or_path = base_name
+        write_folder(
+            run / "adapter",
+            functools.partial(model.save_pretrained, save_embedding_layers=False),
+            tokenizer.save_pretrained,
+        )
+    trainable, total = model.get_nb_trainable_parameters()
+    seconds, tokens = trainer.progress.seconds, trainer.state.num_input_tokens_seen
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
+    history = [
+        # fp16 may scale a gradient to infinity, which JSON does not know
+        {name: entry[name] for name in names if math.isfinite(entry.get(name, math.nan))}
+        for entry in trainer.state.log_history
+    ]
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "log_history": history,
+    }
+
+
+def validation_losses(scores, on_prompt):
+    """The losses that a `score_rows` array stands for in the log history, in nats per token.
+
+    eval_loss is over what the training loss sees: whole rows, or the answers alone.
+    """
+    nll, tokens, answer_nll, answer_tokens, _ = np.sum(scores, axis=0)
+    answer_loss = float(answer_nll / max(answer_tokens, 1))
+    whole_loss = float(nll / tokens)
+    return {
+        "eval_loss": whole_loss if on_prompt else answer_loss,
+        "eval_answer_loss": answer_loss,
+    }
+
+
+def peak_memory():
+    """The most memory that this process has held so far, in GiB: the GPU's where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+# --------------------------------------------------------------------------------------------------
+# Results: plots, report, model card
+
+MEASURES = {
+    "answer": "answers only",
+    "full_text": "full text",
+    "seed_protocol": "reference protocol",
+    "bits_per_byte": "answers, bits per byte",
+}
+BEFORE_COLOR, AFTER_COLOR = "#999999", "#0072B2"
+
+
+def percent(share):
+    """A share as a percentage, in the one way that screen, report and plots write it."""
+    return f"{100 * share:.0f} %"
+
+
+def percent_change(before, after):
+    return f"{100 * (after / before - 1):+.0f} %"
+
+
+def loss_scope(settings):
+    """What the training loss is over, in words."""
+    return "all tokens" if settings["TRAIN_ON_PROMPT"] else "the answers only"
+
+
+def save_figure(fig, path):
+    """Write a figure that appears whole or not at all."""
+    for ax in fig.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(f"{path}.tmp", format="png", dpi=150)
     os.replace(f"{path}.tmp", path)
 
 
 def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all tokens"):
-    """Training and validation loss in nats per token over optimizer steps; the first validation marks the baseline."""
-    with figure(path, title, f"loss on {loss_on} (nats per token)") as ax:
-        for key, label, color, marker, offset in (
-            ("loss", "training, mean since the point before", "#0072B2", ".", -22),
-            ("eval_loss", "validation, held-out rows", "#D55E00", "o", 10),
-        ):
-            points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-            if not points:
-                continue
-            ax.plot(*zip(*points, strict=True), color=color, marker=marker, label=label)
-            (step, first), last = points[0], points[-1]
-            ax.annotate(f"{last[1]:.2f}", last, (0, offset), textcoords="offset points", ha="center", color=color)
-            if key == "eval_loss":
-                ax.axhline(first, color=color, linestyle=":", label=f"validation at step {step}: {first:.2f}")
-        ax.set_xlabel("optimizer step")
-        ax.margins(y=0.12)
-        ax.grid(alpha=0.3)
+    """Losses in nats per token over optimizer steps, from the Trainer's log history.
+
+    A training loss is the mean since the one logged before, and stands in the middle of its window.
+    """
+    training, validation, answers = [], [], []
+    last_step = 0
+    for entry in log_history:
+        if "loss" in entry:
+            training.append(((last_step + entry["step"]) / 2, entry["loss"]))
+            last_step = entry["step"]
+        if "eval_loss" in entry:
+            validation.append((entry["step"], entry["eval_loss"]))
+        if "eval_answer_loss" in entry:
+            answers.append((entry["step"], entry["eval_answer_loss"]))
+
+    fig = Figure(figsize=(9, 5.4), layout="tight")
+    ax = fig.subplots()
+    curves = (
+        (answers, "validation, answers only", AFTER_COLOR, "o-", 2.5),
+        (validation, f"validation, {loss_on}", "#D55E00", "o-", 1.2),
+        (training, f"training, {loss_on}", "#999999", ".-", 1.2),
+    )
+    if loss_on != "all tokens":  # then the first two are the same
+        curves = curves[1:]
+    for points, label, color, style, width in curves:
+        if not points:
+            continue
+        first, last = points[0][1], points[-1][1]
+        label = f"{label}: {first:.2f} to {last:.2f}"
+        ax.plot(*zip(*points, strict=True), style, color=color, linewidth=width, label=label)
+    ax.set_title(title, parse_math=False)
+    ax.set_xlabel("optimizer step (0: the base model)")
+    ax.set_ylabel("loss (nats per token)")
+    ax.grid(alpha=0.3)
+    if ax.lines:
+        ax.legend()
+    save_figure(fig, path)
 
 
 def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
-    """Pairs of bars, before and after: answers only with their 95 % interval, full text, reference protocol."""
-    kinds = {
+    """Bars before and after: the answers' with their 95 % interval, and thin ones of whole rows."""
+    labels = {
         "answer": "answers only\n(95 % interval)",
         "full_text": "full text,\nprompts too",
-        "seed_protocol": "reference\nprotocol",
+        "seed_protocol": "reference protocol,\nprompts too",
     }
-    kinds = {kind: label for kind, label in kinds.items() if before[kind]}
-    with figure(path, title, "perplexity (lower is better)") as ax:
-        for offset, name, scores, color in ((-0.2, "before", before, "#999999"), (0.2, "after", after, "#0072B2")):
-            for x, kind in enumerate(kinds):
-                value = scores[kind]
-                low, high = scores["answer_ci95"] if kind == "answer" else (value, value)
-                errors = [[value - low], [high - value]] if high > low else None
-                ax.bar(x + offset, value, 0.38, color=color, label=None if x else name, yerr=errors, capsize=5)
-                text = f"{value:.2f}" + f"\n({value / before[kind] - 1:+.0%})" * (scores is after)
-                ax.annotate(text, (x + offset, high), (0, 4), textcoords="offset points", ha="center")
-        ax.set_xticks(range(len(kinds)), kinds.values())
-        ax.margins(y=0.18)
+    measures = [name for name in labels if before[name]]
+    fig = Figure(figsize=(9, 5.4), layout="tight")
+    ax = fig.subplots()
+    top = 0.0
+    ticks = []
+    for name in measures:
+        # the measure to look at is tall and dark, the others step back
+        if name == "answer":
+            height, alpha, size = 1.0, 1.0, 14
+        else:
+            height, alpha, size = 0.4, 0.4, 10
+        ticks.append(top + height)
+        for when, scores, color in (("before", before, BEFORE_COLOR), ("after", after, AFTER_COLOR)):
+            value = end = scores[name]
+            middle = top + height / 2
+            ax.barh(middle, value, 0.9 * height, color=color, alpha=alpha)
+            if name == "answer":
+                low, end = scores["answer_ci95"]
+                ax.hlines(middle, low, end, color="black")
+            text = f"{when} {value:.2f}"
+            if when == "after":
+                text += f" ({percent_change(before[name], value)})"
+            ax.annotate(text, (end, middle), (6, 0), textcoords="offset points", va="center", fontsize=size)
+            top += height
+        top += 0.6
+    ax.set_title(title, parse_math=False)
+    ax.set_xlabel("perplexity (lower is better)")
+    ax.set_yticks(ticks, [labels[name] for name in measures])
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
+    save_figure(fig, path)
 
 
-def side_by_side(left, right, width=48):
-    """Two texts as two columns in a Markdown fence that nothing in them can close."""
-    columns = []
-    for text in (left, right):
-        text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-        columns.append([part for line in text.split("\n") for part in textwrap.wrap(line, width) or [""]])
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", left + right)), default=0))
-    lines = [("BEFORE", "AFTER"), ("-" * width, "-" * width), *itertools.zip_longest(*columns, fillvalue="")]
-    return "\n".join([f"{fence}text", *(f"{a:{width}} | {b}".rstrip() for a, b in lines), fence])
+REPORT = """\
+# LoRA fine-tuning of {{ short_name(model) | cell }} on {{ short_name(dataset) | cell }}
 
+{% if offline_fallback %}
+**Offline default: a tiny model and a small data set that ship with the script. No figure is GPT-2's.**
 
-def table(*rows):
-    """A Markdown table from its head and rows: floats with two digits, None as a dash."""
-    cells = [["–" if x is None else f"{x:,.2f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], ["---"] * len(cells[0]), *cells[1:]))
+{% endif %}
+None of the text below is medical advice: language models state falsehoods fluently.
 
+{% if before.answer %}
+**Answer perplexity {{ before.answer | two }} ({{ before.answer_ci95 | interval }}) before,
+{{ after.answer | two }} ({{ after.answer_ci95 | interval }}) after**: how unsure {{ short_name(model) }} is of the next
+token of {{ data.test_rows | count }} held-out articles, as if it chose among so many equally likely ones. In brackets:
+95 % intervals. It fell in {{ (change.improved * change.rows) | count }} of {{ change.rows | count }} rows.
 
-def observations(stats):
-    """What `answer_stats` counted, as a line."""
-    repeated = 1 - stats["distinct_bigrams"] / (stats["words"] - 1) if stats["words"] > 1 else 0
-    return (
-        f"{stats['words']} words ({stats['unique_words']} different) in {stats['sentences']} sentences, "
-        f"{repeated:.0%} of the word pairs repeated, {'ended by itself' if stats['finished'] else 'cut at the limit'}"
-    )
+{% endif %}
+{% if fall > 0 %}
+Of the whole fall in loss, {{ (origin[0].fall / fall) | percent }} is on the prompts, which are nearly the same in
+every row{{ ": learned by heart" if settings.TRAIN_ON_PROMPT }}. The articles' own share is \
+{{ (origin[1].fall / fall) | percent }}.
+{% else %}
+The loss over all tokens did not fall.
+{% endif %}
 
+## The answers
 
-def write_report(results, path):
-    """Write report.md from what results.json holds, and from that alone."""
-    perplexity, settings, data, training, hardware = (
-        SimpleNamespace(**results[key]) for key in ("perplexity", "settings", "data", "training", "hardware")
-    )
-    before, after, change = perplexity.before, perplexity.after, results["perplexity"].get("change")
-    clip = f"at most {settings.MAX_GRAD_NORM:g}" if settings.MAX_GRAD_NORM else "not limited"
-    batch = settings.BATCH_SIZE * settings.GRADIENT_ACCUMULATION_STEPS * hardware.processes
-    loss_on = "all tokens" if settings.TRAIN_ON_PROMPT else "the answers only"
-    losses = {}  # step -> the log entries of that step, as one
-    for entry in training.log_history:
-        losses.setdefault(entry["step"], {}).update(entry)
-    # all held-out tokens, those of the answers, and the rest, the prompts: their number, their NLL before and after
-    whole, answer = (
-        np.array([before[n], *(scores[n] * math.log(scores[key] or 1) for scores in (before, after))])
-        for n, key in (("tokens", "full_text"), ("answer_tokens", "answer"))
-    )
-    fall = whole[1] - whole[2]
-    origin = [
-        (
-            kind,
-            f"{n:,.0f}",
-            one / max(n, 1),
-            two / max(n, 1),
-            f"{one - two:,.0f}",
-            f"{(one - two) / fall:.0%}" if fall > 0 else None,
-        )
-        for kind, (n, one, two) in (("prompt", whole - answer), ("answer", answer), ("all", whole))
-    ]
-    kinds = {
-        "answer": "answers only",
-        "full_text": "full text",
-        "seed_protocol": "reference protocol",
-        "bits_per_byte": "answers, bits per byte",
-    }
-    parts = [
-        f"# LoRA fine-tuning of {short_name(results['model'])} on {short_name(results['dataset'])}",
-        results["offline_fallback"]
-        and "**Offline default: a tiny model and a small data set that ship with the script. No figure is GPT-2's.**",
-        "None of the text below is medical advice: language models state falsehoods fluently.",
-        "## What was run",
-        table(
-            ("", ""),
-            ("model", f"{results['model']}, revision {results['model_revision'] or 'none (local folder)'}"),
-            ("data", f"{results['dataset']}, revision {results['dataset_revision'] or 'none (local file)'}"),
-            (
-                "rows",
-                f"{data.train_rows:,} to train on and {data.test_rows:,} held out, of {data.rows:,}; dropped: "
-                f"{data.dropped_empty:,} without an answer, {data.dropped_duplicate:,} duplicates, "
-                f"{data.dropped_malformed:,} malformed; cut at {settings.MAX_LENGTH} tokens: "
-                f"{data.truncated_train_rows:,} training rows ({data.truncated_train_rows / data.train_rows:.0%})",
-            ),
-            (
-                "LoRA",
-                f"r {settings.LORA_R}, alpha {settings.LORA_ALPHA}, dropout {settings.LORA_DROPOUT}, on "
-                f"{settings.LORA_TARGET_MODULES or 'the default modules of PEFT'}: {training.trainable_parameters:,} "
-                f"trainable of {training.total_parameters:,} parameters",
-            ),
-            (
-                "training",
-                f"{training.steps:,} steps, {training.log_history[-1]['epoch']:.2f} epochs; {batch:,} rows a "
-                f"step; learning rate {settings.LEARNING_RATE:g}, linear, warm-up {settings.WARMUP_RATIO:.0%}; "
-                f"gradient norm {clip}; seed {settings.SEED}; loss on {loss_on}",
-            ),
-            (
-                "time",
-                f"{training.seconds:,.0f} s of optimizer steps for {training.tokens:,} tokens, "
-                f"{training.tokens_per_second:,.0f} a second",
-            ),
-            (
-                "hardware",
-                f"{hardware.name}, {hardware.precision}; processes: {hardware.processes}, each of "
-                f"{hardware.threads} threads",
-            ),
-            ("versions", ", ".join(f"{name} {version}" for name, version in results["versions"].items())),
-        ),
-        "## Training",
-        table(
-            ("Step", "Training Loss", "Validation Loss"),
-            *(
-                (step, *(f"{entry[key]:.4f}" if key in entry else None for key in ("loss", "eval_loss")))
-                for step, entry in losses.items()
-                if "eval_loss" in entry
-            ),
-        ),
-        f"In nats per token, on {loss_on}. Validation is the whole held-out split: step 0 the base model, the last "
-        "line the saved adapter. The training loss is the mean over the steps since it was last logged, every "
-        f"{settings.LOGGING_STEPS}; the plot shows them all.",
-        "![Training and validation loss](training_loss.png)",
-        "## Perplexity on the held-out rows",
-        table(
-            ("", "before", "after", "change"),
-            *(
-                (label, before[key], after[key], f"{after[key] / before[key] - 1:+.1%}" if before[key] else None)
-                for key, label in kinds.items()
-            ),
-            (
-                "answers, 95% interval",
-                *("{:.2f} to {:.2f}".format(*x["answer_ci95"]) if x["answer_ci95"] else None for x in (before, after)),
-                None,
-            ),
-        ),
-        f"**Answers only** is how well the model predicts the articles: {before['answer_tokens']:,} tokens after "
-        f"`[/INST]`. **Full text** adds the prompts, {before['tokens']:,} tokens in all; their boilerplate is the same "
-        "in every row. The **reference protocol** is exp of the mean of the rows' mean losses, over the first 100 rows "
-        "at most. **Bits per byte** can be compared between tokenizers. The interval is a bootstrap over rows.",
-        change
-        and f"Row by row, the answers' loss changed by {change['mean']:+.4f} nats per token on average (95% "
-        f"interval {change['ci95'][0]:+.4f} to {change['ci95'][1]:+.4f}); it fell in {change['improved']:.0%} of "
-        f"{change['rows']:,} rows.",
-        "![Perplexity before and after](perplexity_comparison.png)",
-        "## Where the improvement comes from",
-        table(("tokens", "number", "nats/token before", "nats/token after", "fall in nats", "share"), *origin),
-        f"The prompts, nearly the same in every row, are {1 - answer[0] / whole[0]:.0%} of the tokens. "
-        + (
-            f"They account for {origin[0][-1]} of the fall in loss, the answers for {origin[1][-1]}."
-            if fall > 0
-            else "The loss over all tokens did not fall."
-        ),
-        "## The questions",
-        "Asked in the format of the training rows, "
-        + (
-            f"sampled from the 50 likeliest tokens at temperature {settings.TEMPERATURE:g} with seed {settings.SEED}"
-            if settings.TEMPERATURE
-            else "answered by the likeliest token each time"
-        )
-        + f", at most {settings.MAX_NEW_TOKENS} tokens; before and after alike. Where the data has an article on the "
-        "topic, its perplexity is given, and whether the model was trained on it.",
-    ]
-    for item in results["answers"]:
-        own = item["reference"]
-        parts += [f"### {item['topic']}", f"> {item['question']}", side_by_side(item["before"], item["after"])]
-        parts += [f"{when.capitalize()}: {observations(item[f'{when}_stats'])}." for when in ("before", "after")]
-        parts += [
-            f"The data's own article ({'held out' if own['split'] == 'test' else 'trained on'}): answer perplexity "
-            f"{own['perplexity_before']:.2f} before, {own['perplexity_after']:.2f} after."
-            if own
-            else "The data has no article of this title."
-        ]
-    write_text(path, "\n\n".join(part for part in parts if part) + "\n")
+{% if settings.TEMPERATURE %}
+Sampled from the 50 likeliest tokens at temperature {{ settings.TEMPERATURE }} with seed {{ settings.SEED }},
+{% else %}
+The likeliest token each time,
+{% endif %}
+at most {{ settings.MAX_NEW_TOKENS }} tokens, asked in the format of the training rows; before and after alike.
 
+<table>
+<tr><th width="50%">before</th><th width="50%">after</th></tr>
+{% for answer in answers %}
+<tr><td colspan="2"><b>{{ answer.topic | cell }}</b><br>{{ answer.question | cell }}</td></tr>
+<tr><td valign="top">{{ answer.before | cell }}</td><td valign="top">{{ answer.after | cell }}</td></tr>
+{% endfor %}
+</table>
 
-MODEL_CARD = """\
----
-{metadata}
----
+| before → after | words | word pairs repeated | ended by itself |
+| --- | --- | --- | --- |
+{% for answer in answers %}
+| {{ answer.topic | cell }} | {{ answer.before_stats.words }} → {{ answer.after_stats.words }} \
+| {{ answer.before_stats | repeated }} → {{ answer.after_stats | repeated }} \
+| {{ answer.before_stats | ended }} → {{ answer.after_stats | ended }} |
+{% endfor %}
 
-# LoRA adapter: {model} fine-tuned on {dataset}
+{% if title.before %}
+## Medicine, or its tone?
 
-{what}
+Does its own title help the model with an article? The first 500 characters of {{ title.before.articles | count }}
+held-out articles, and of some that were trained on, were scored under their own question and under those of three
+others; words that begin like one of the title's were taken out, so that they can't be copied.
 
-None of what it writes is medical advice: a small language model states falsehoods fluently.
+| | before | after |
+| --- | ---: | ---: |
+{% for name, test in titles | items if test.before %}
+| {{ name | replace("_", "-") }} articles: gain of the own title, nats per token | {{ test.before.gain | three }} \
+({{ test.before.gain_ci95 | map("three") | join(" to ") }}) | {{ test.after.gain | three }} \
+({{ test.after.gain_ci95 | map("three") | join(" to ") }}) |
+| {{ name | replace("_", "-") }} articles: the own title wins (chance: 50 %) | {{ test.before.own_wins | percent }} \
+| {{ test.after.own_wins | percent }} |
+{% endfor %}
 
-{scores}
+The loss of the held-out articles fell by {{ (title.before.own_loss - title.after.own_loss) | three }} nats per token
+under their own titles, and by {{ (title.before.other_loss - title.after.other_loss) | three }} under wrong ones: so much
+is language and tone. The difference, {{ (title.after.gain - title.before.gain) | three }}, is about the topic. A gain of
+trained articles alone is learned by heart.
+{% endif %}
+
+{% if general.before %}
+**General text**: on everyday articles without a prompt (plain English, on which the tiny model of the offline default
+was trained) the loss went from {{ general.before | three }} to {{ general.after | three }} nats per token, \
+{{ (general.before, general.after) | change }}. A rise means that the adapter costs general ability.
+
+{% endif %}
+## Perplexity on the held-out rows
+
+| | before | after | change |
+| --- | ---: | ---: | ---: |
+{% for name, label in measures | items %}
+| {{ label }} | {{ before[name] | two }} | {{ after[name] | two }} | {{ (before[name], after[name]) | change }} |
+{% endfor %}
+
+- **Answers only**: exp of the mean loss of the {{ before.answer_tokens | count }} tokens after `[/INST]`. The one to
+  look at.
+- **Full text**: the same of all {{ before.tokens | count }} tokens, the prompts' too.
+- **Reference protocol**: exp of the mean of the rows' mean losses, over the first 100 rows at most.
+- **Bits per byte**: the answers' loss in bits, by bytes of text rather than tokens; comparable between tokenizers.
+
+{% if change %}
+Row by row, the answers' loss changed by {{ change.mean | two }} nats per token on average (95 % interval
+{{ change.ci95 | interval }}, a bootstrap over rows).
+{% endif %}
+
+![Perplexity before and after](perplexity_comparison.png)
+
+## Where the fall comes from
+
+| tokens | number | loss before | loss after | fall | share |
+| --- | ---: | ---: | ---: | ---: | ---: |
+{% for part in origin %}
+| {{ part.name }} | {{ part.tokens | count }} | {{ part.before | two }} | {{ part.after | two }} \
+| {{ part.fall | count }} | {{ (part.fall / fall) | percent if fall > 0 else "–" }} |
+{% endfor %}
+
+Losses in nats per token, the fall in nats over all tokens.
+
+## Training
+
+| step | training loss | validation loss | validation loss, answers |
+| ---: | ---: | ---: | ---: |
+{% for step, entry in losses | items if "eval_loss" in entry %}
+| {{ step }} | {{ entry.loss | two }} | {{ entry.eval_loss | two }} | {{ entry.eval_answer_loss | two }} |
+{% endfor %}
+
+In nats per token, on {{ loss_on }}. Validation is the whole held-out split: step 0 the base model, the last line the
+saved adapter. The training loss is the mean over the steps since it was last logged; the plot shows them all.
+
+![Training and validation loss](training_loss.png)
+
+## Use the adapter
 
 ```python
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-folder = "."  # where this file is
+folder = "{{ adapter_folder }}"  # from where this file is
 model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
-prompt = {prompt!r}
-inputs = tokenizer(prompt, return_tensors="pt")
+prompt = {{ answers[0].prompt | pprint }}
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
 output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.7)
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(answer.split("</s>")[0])
 ```
+
+## What was run
+
+- **Model**: {{ model | cell }}, {{ "revision " ~ model_revision if model_revision else "a local folder" }}
+- **Data**: {{ dataset | cell }}, {{ "revision " ~ dataset_revision if dataset_revision else "a local file" }}
+- **Rows**: {{ data.train_rows | count }} to train on and {{ data.test_rows | count }} held out, of \
+{{ data.rows | count }}; dropped: {{ data.dropped_empty | count }} without an answer, \
+{{ data.dropped_duplicate | count }} duplicates, {{ data.dropped_malformed | count }} malformed (not one `[/INST]`)
+- **Cut**: {{ data.truncated_train_rows | count }} training rows \
+({{ (data.truncated_train_rows / data.train_rows) | percent }}) did not fit into {{ settings.MAX_LENGTH }} tokens and \
+never show the model an end
+- **LoRA**: r {{ settings.LORA_R }}, alpha {{ settings.LORA_ALPHA }}, dropout {{ settings.LORA_DROPOUT }}, on \
+{{ settings.LORA_TARGET_MODULES or "PEFT's default modules" }}: \
+{{ training.trainable_parameters | count }} trainable of {{ training.total_parameters | count }} parameters
+- **Training**: {{ training.steps | count }} steps of {{ rows_per_step | count }} rows, learning rate \
+{{ settings.LEARNING_RATE }}, linear, warm-up {{ settings.WARMUP_RATIO | percent }}, gradient norm at most \
+{{ settings.MAX_GRAD_NORM or "any" }}, seed {{ settings.SEED }}, loss on {{ loss_on }}
+- **Speed**: {{ training.seconds | count }} s of optimizer steps for {{ training.tokens | count }} tokens, \
+{{ training.tokens_per_second | count }} a second
+{% if hardware.stage_seconds %}
+- **Time**: {{ hardware.stage_seconds.values() | sum | count }} s in all (of what was interrupted, the last part)\
+{% for stage, seconds in hardware.stage_seconds | items %}
+; {{ stage }} {{ seconds | count }} s\
+{% endfor %}
+
+- **Memory**: at most {{ hardware.peak_memory_gib | two }} GiB
+{% endif %}
+- **Hardware**: {{ hardware.name }}, {{ hardware.device }}, {{ hardware.precision }}; {{ hardware.processes }} \
+process(es) of {{ hardware.threads }} threads
+- **Versions**: {% for name, version in versions | items %}{{ name }} {{ version }}{{ ", " if not loop.last }}\
+{% endfor %}
+
 """
 
 
-def write_model_card(results, path):
-    """Write the adapter's README.md: metadata as the Hub reads it, the held-out scores, and how to load it."""
+def as_cell(text):
+    """Text that stays in its place in Markdown and HTML, whatever it holds: escaped, on one line."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in str(text))
+    text = html.escape(text).replace("|", "&#124;").replace("`", "&#96;")
+    return text.replace("\n", "<br>")
+
+
+def repeated_pairs(stats):
+    """The share of an answer's word pairs that it has said before."""
+    pairs = max(stats["words"] - 1, 1)
+    return percent(max(0, 1 - stats["distinct_bigrams"] / pairs) if stats["words"] > 1 else 0)
+
+
+FILTERS = {
+    "two": lambda x: f"{x:,.2f}" if isinstance(x, int | float) else "–",
+    "three": lambda x: f"{x:.3f}",
+    "count": lambda n: f"{n:,.0f}",
+    "percent": percent,
+    "interval": lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}",
+    "change": lambda pair: percent_change(*pair) if pair[0] else "–",
+    "cell": as_cell,
+    "repeated": repeated_pairs,
+    "ended": lambda stats: "yes" if stats["finished"] else "no",
+}
+
+
+def split_fall(before, after):
+    """The fall in loss over all held-out tokens, split between prompts and answers.
+
+    Takes the perplexities before and after -> three dicts, of the prompts, the answers and all: name,
+    tokens, loss per token before and after, and the fall in nats.
+    """
+    parts = []
+    for name, measure, tokens in (("answers", "answer", "answer_tokens"), ("all", "full_text", "tokens")):
+        nll = [scores[tokens] * math.log(scores[measure] or 1) for scores in (before, after)]
+        parts.append((name, before[tokens], *nll))
+    answers, everything = parts
+    prompts = ("prompts", *(whole - part for whole, part in zip(everything[1:], answers[1:], strict=True)))
+    return [
+        {
+            "name": name,
+            "tokens": tokens,
+            "before": nll_before / max(tokens, 1),
+            "after": nll_after / max(tokens, 1),
+            "fall": nll_before - nll_after,
+        }
+        for name, tokens, nll_before, nll_after in (prompts, answers, everything)
+    ]
+
+
+def render_report(results, adapter_folder):
+    """The report as Markdown, from what results.json holds and from that alone."""
+    settings = results["settings"]
+    losses = {}  # step -> the log entries of that step, as one
+    for entry in results["training"]["log_history"]:
+        losses.setdefault(entry["step"], {}).update(entry)
     before, after = results["perplexity"]["before"], results["perplexity"]["after"]
-    names = {"model": short_name(results["model"]), "dataset": short_name(results["dataset"])}
-    labels = {"answer": "Perplexity (answers)", "full_text": "Perplexity (full text)", "bits_per_byte": "Bits per byte"}
-    settings, data = SimpleNamespace(**results["settings"]), SimpleNamespace(**results["data"])
-    dataset = {  # the Hub's data set has one split, of which a seeded share was held out
-        "dataset_type": results["dataset"] if results["dataset_revision"] else names["dataset"],
-        "dataset_name": names["dataset"],
-        "dataset_split": "train",
-        "dataset_revision": results["dataset_revision"],
-        "dataset_args": {"held_out": settings.TEST_SIZE, "seed": settings.SEED},
-    }
-    own_license = re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", results["model"])
+    origin = split_fall(before, after)
+    rows_per_step = settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"]
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters.update(FILTERS)
+    environment.globals["short_name"] = short_name
+    return environment.from_string(REPORT).render(
+        results,
+        before=before,
+        after=after,
+        change=results["perplexity"]["change"],
+        titles=results["perplexity"]["title"],
+        title=results["perplexity"]["title"]["held_out"],
+        general=results["perplexity"]["general"],
+        measures=MEASURES,
+        origin=origin,
+        fall=origin[-1]["fall"],
+        losses=losses,
+        loss_on=loss_scope(settings),
+        rows_per_step=rows_per_step * results["hardware"]["processes"],
+        adapter_folder=adapter_folder,
+    )
+
+
+def write_report(results, path):
+    """Write report.md; `results` is what results.json holds."""
+    write_text(path, render_report(results, adapter_folder="adapter"))
+
+
+def write_model_card(results, folder):
+    """Write the adapter's README.md: the report, with the metadata that the Hub reads in front.
+
+    The plots are copied beside it, so that a pushed adapter shows its whole story.
+    """
+    model, dataset = results["model"], results["dataset"]
+    is_gpt2 = re.fullmatch(r"(openai-community/)?gpt2(-\w+)?", model)
     metadata = huggingface_hub.ModelCardData(
-        model_name=f"{names['model']}-{names['dataset']}-lora",
+        model_name=f"{short_name(model)}-{short_name(dataset)}-lora",
         library_name="peft",
         tags=["lora", "sft", "trl"],
-        license="mit" if own_license else "other",
-        license_name=None if own_license else "as-the-base-model",
+        license="mit" if is_gpt2 else "other",
+        license_name=None if is_gpt2 else "as-the-base-model",
         pipeline_tag="text-generation",
-        base_model=results["model"] if results["model_revision"] else None,
-        datasets=[results["dataset"]] if results["dataset_revision"] else None,
-        eval_results=[
-            huggingface_hub.EvalResult(
-                "text-generation",
-                metric_type=key if key == "bits_per_byte" else "perplexity",
-                metric_name=label,
-                metric_value=round(after[key], 4),
-                **dataset,
-            )
-            for key, label in labels.items()
-            if after[key]
-        ],
+        base_model=model if results["model_revision"] else None,
+        datasets=[dataset] if results["dataset_revision"] else None,
     )
-    what = (
-        f"{results['training']['steps']:,} steps on {data.train_rows:,} rows, learning rate "
-        f"{settings.LEARNING_RATE:g}, r {settings.LORA_R}, alpha {settings.LORA_ALPHA}; scored on {data.test_rows:,} "
-        "rows that were held out."
-        + " Offline default: a tiny model and a small data set, no figure is GPT-2's."
-        * results["offline_fallback"]
-    )
-    rows = ((label, before[key], after[key]) for key, label in labels.items())
-    scores, prompt = table(("held-out rows", "before", "after"), *rows), results["answers"][0]["prompt"]
-    write_text(path, MODEL_CARD.format(metadata=metadata.to_yaml(), what=what, scores=scores, prompt=prompt, **names))
+    report = render_report(results, adapter_folder=".")
+    write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{report}")
+    for plot in ("training_loss.png", "perplexity_comparison.png"):
+        shutil.copyfile(folder.parent / plot, folder / plot)
 
 
-# --------------------------------------------------------------------------------------------- settings and machine
+# --------------------------------------------------------------------------------------------------
+# Settings, machine, folder, errors
+
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def are_texts(values):
+    return len(values) > 0 and all(is_text(value) for value in values)
+
+
+def is_whole(value, least=1):
+    return type(value) is int and least <= value < 2**31  # type(), as True is an int, too
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def is_share(value):
+    return is_number(value) and value < 1
+
+
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
+RULES = {  # what a value must be -> (a test of it, the constants)
+    "a name": (is_text, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
+    "None, or a commit, tag or branch": (lambda x: x is None or is_text(x), "MODEL_REVISION DATASET_REVISION"),
+    "True or False": (lambda x: isinstance(x, bool), "OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED"),
+    "a whole number from 1": (
+        is_whole,
+        "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS",
+    ),
+    "a whole number from 2": (lambda x: is_whole(x, least=2), "MAX_LENGTH"),
+    "a whole number from 0": (lambda x: is_whole(x, least=0), "SEED"),
+    "-1, or a whole number from 1": (lambda x: is_whole(x) or x == -1, "MAX_STEPS"),
+    "a number above 0": (lambda x: is_number(x) and x > 0, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
+    "a number from 0": (is_number, "MAX_GRAD_NORM TEMPERATURE"),
+    "a share between 0 and 1, such as 0.1": (lambda x: is_share(x) and x > 0, "TEST_SIZE"),
+    "a share from 0 to below 1": (is_share, "LORA_DROPOUT WARMUP_RATIO"),
+    "None, or a share from 0 to below 1": (lambda x: x is None or is_share(x), "BASE_DROPOUT"),
+    "None, a name, or a list of names of modules": (
+        lambda x: x is None or is_text(x) or (isinstance(x, list) and are_texts(x)),
+        "LORA_TARGET_MODULES",
+    ),
+    "a dict {topic: question} with at least one question": (
+        lambda x: isinstance(x, dict) and are_texts([*x, *x.values()]),
+        "QUESTIONS",
+    ),
+    " or ".join(map(repr, TRACKERS)): (lambda x: x in TRACKERS, "REPORT_TO"),
+}
 
 
 def check_settings(cfg):
-    """Raise InputError for the first constant that is out of range, of the wrong type, or can't be followed here."""
-
-    def name(x):
-        return isinstance(x, str) and bool(x.strip())
-
-    def whole(x):
-        return type(x) is int and 1 <= x < 2**31
-
-    def number(x):
-        return type(x) in (int, float) and math.isfinite(x)
-
-    def share(x):
-        return number(x) and 0 <= x < 1
-
-    rules = (
-        ("MODEL_NAME DATASET_NAME OUTPUT_DIR", name, "a name"),
-        ("REPORT_TO", TRACKERS.__contains__, " or ".join(map(repr, TRACKERS))),
-        ("MODEL_REVISION DATASET_REVISION", lambda x: x is None or name(x), "None, or a commit, tag or branch"),
-        ("OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED", lambda x: type(x) is bool, "True or False"),
-        ("MAX_LENGTH", lambda x: whole(x) and x > 1, "a whole number from 2"),
-        (
-            "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_NEW_TOKENS",
-            whole,
-            "a whole number from 1",
-        ),
-        ("SEED", lambda x: x == 0 and type(x) is int or whole(x), "a whole number from 0"),
-        ("MAX_STEPS", lambda x: x == -1 or whole(x), "-1, or a whole number from 1"),
-        ("TEST_SIZE", lambda x: share(x) and x > 0, "a share between 0 and 1, such as 0.1"),
-        ("NUM_EPOCHS LEARNING_RATE LORA_ALPHA", lambda x: number(x) and x > 0, "a number above 0"),
-        ("MAX_GRAD_NORM TEMPERATURE", lambda x: number(x) and x >= 0, "a number from 0"),
-        ("LORA_DROPOUT WARMUP_RATIO", share, "a share from 0 to below 1"),
-        ("BASE_DROPOUT", lambda x: x is None or share(x), "None, or a share from 0 to below 1"),
-        (
-            "LORA_TARGET_MODULES",
-            lambda x: x is None or name(x) or isinstance(x, list) and x and all(map(name, x)),
-            "None, a name, or a list of names of modules",
-        ),
-        (
-            "QUESTIONS",
-            lambda x: isinstance(x, dict) and x and all(map(name, (*x, *x.values()))),
-            "a dict {topic: question} with at least one question",
-        ),
-    )
-    for names, test, wanted in rules:
-        for constant in names.split():
-            if not test(getattr(cfg, constant)):
-                raise InputError(f"{constant} = {getattr(cfg, constant)!r}: must be {wanted}; edit it in the script")
+    """Raise InputError for the first constant that is of a wrong type, or can't be followed here."""
+    for wanted, (fits, names) in RULES.items():
+        for name in names.split():
+            value = getattr(cfg, name)
+            if not fits(value):
+                raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
+    if not PROMPT.endswith(ANSWER_MARK) or format_prompt("A?") == format_prompt("B?"):
+        raise InputError(f"PROMPT = ...{PROMPT[-40:]!r}: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO != "none" and importlib.util.find_spec(cfg.REPORT_TO) is None:
         raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: not installed; pip install {cfg.REPORT_TO}, or use 'none'")
     try:
-        Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR).close()
+        folder = Path(cfg.OUTPUT_DIR).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"OUTPUT_DIR = {cfg.OUTPUT_DIR!r}: no folder to write to ({error.strerror})") from error
-    launchers = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
-    launched = max(int(os.environ.get(name, 1)) for name in launchers)
-    if launched > 1 and "WORLD_SIZE" not in os.environ:
-        raise InputError(f"{launched} processes that don't know of each other: start them with torchrun")
 
 
-def has_bf16(device):
-    """Whether the hardware multiplies matrices in bfloat16; where it only emulates that, fp32 is faster."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
-
-
-def choose_hardware():
-    """(device, precision, name) of this machine; on a CPU also its threads and allocator."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if count > processes == 1:
-            raise InputError(f"{count} GPUs: use torchrun --nproc_per_node={count}, or one with CUDA_VISIBLE_DEVICES=0")
-        return "cuda", "bf16" if has_bf16("cuda") else "fp16", torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return "mps", "fp32", "Apple GPU"
-    if platform.libc_ver()[0] == "glibc":  # half of a step is the mapping of fresh pages, unless freed ones are kept
-        for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL(None).mallopt(parameter, value)
-    if processes > 1:  # torchrun sets one thread
-        cores = psutil.cpu_count(logical=False) or os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return "cpu", "bf16" if has_bf16("cpu") else "fp32", name
-
-
-def needs_checkpointing(model, batch_size, length):
-    """Whether a step's activations, kept, would fill the free memory: recomputing them costs a third more time."""
+def check_fit(cfg, model, tokenizer, encoded):
+    """Raise InputError where the settings don't fit the model's vocabulary, context or rows."""
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise InputError(
+            f"MODEL_NAME: the tokenizer of {cfg.MODEL_NAME} has {len(tokenizer):,} tokens, the model "
+            f"embeddings for {embeddings:,}: resize the model (resize_token_embeddings), or use the "
+            "tokenizer that it was trained with"
+        )
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", 0)
-    per_token = 34 * config.hidden_size + 5 * heads * length  # bytes per layer in 16 bits
-    free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
-    return batch_size * length * config.num_hidden_layers * per_token > 0.6 * free
+    context = getattr(config, "max_position_embeddings", None) or math.inf
+    prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
+    longest = max(len(row.ids) for row in encode(tokenizer, prompts, sys.maxsize))
+    if max(cfg.MAX_LENGTH, longest + cfg.MAX_NEW_TOKENS) > context:
+        raise InputError(
+            f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = "
+            f"{cfg.MAX_NEW_TOKENS}, must fit the context of {cfg.MODEL_NAME}: {context} tokens"
+        )
+    if not cfg.TRAIN_ON_PROMPT and all(row.first == len(row.ids) for row in encoded):
+        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
 
 
-# -------------------------------------------------------------------------------------------------------- the inputs
-
-
-def load_model(folder, *, dropout=None):
-    """A causal LM in fp32, from safetensors, without remote code; `dropout` replaces its own."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        for key, value in config.to_dict().items():
-            if dropout is not None and isinstance(value, float) and ("dropout" in key or key.endswith("pdrop")):
-                setattr(config, key, dropout)
-            if value == "gelu_new":
-                setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
-        kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, **kwargs)
-    except Exception as error:
-        raise InputError(f"MODEL_NAME: {folder} can't be loaded: {last_line(error)}") from error
-    return model.requires_grad_(False)
+def hush():
+    """Silence what a user can do nothing about; warnings of torch and of the data stay."""
+    transformers.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()  # the Hub's download bars as well
+    if sys.stderr.isatty():
+        huggingface_hub.utils.enable_progress_bars()
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
 
 
 def find_inputs(cfg):
-    """Model and data on this disk -> (model path, commit, data path, commit, whether it is the offline default).
+    """Model and data on this disk -> (model path, commit, data path, commit, whether offline).
 
     Where the Hub is out of reach and nothing is cached, `cfg` gets the offline default's settings.
     """
     try:
-        model_path, commit = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
-        data_path, data_commit = on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION))
-        return model_path, commit, data_path, data_commit, False
+        model = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
+        data = on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION))
+        return *model, *data, False
     except HubUnreachable as error:
         if not cfg.OFFLINE_FALLBACK:
             raise InputError(f"{error}; go online once, or name local files") from error
         cause = error
     vars(cfg).update(OFFLINE_SETTINGS)
-    changed = ", ".join(f"{k} = {v!r}" for k, v in OFFLINE_SETTINGS.items() if type(v) in (int, float))
+    line = "=" * 100
     say(
-        f"\n{'=' * 100}\n  OFFLINE DEFAULT: not the model and data that the constants name!\n\n  Why: {cause}.\n"
-        f"  The same pipeline now runs on what ships with the script:\n  {cfg.MODEL_NAME}, a tiny GPT-2, and "
-        f"{cfg.DATASET_NAME}, with {changed}.\n{'=' * 100}\n"
+        f"\n{line}\n"
+        "  OFFLINE DEFAULT: not the model and data that the constants name!\n\n"
+        f"  Why: {cause}.\n"
+        "  The same pipeline now runs on what ships with the script:\n"
+        f"  {cfg.MODEL_NAME}, a tiny GPT-2, and {cfg.DATASET_NAME}, with settings of their own "
+        f"(OFFLINE_SETTINGS).\n{line}\n"
     )
     here = Path(__file__).resolve().parent
     return here / cfg.MODEL_NAME, None, here / cfg.DATASET_NAME, None, True
 
 
-def run_folder(cfg, model_path, commit, train, test):
-    """The run's folder, named after the model and a hash of settings, prompt, model files and data."""
-    files = sorted(path for path in model_path.glob("*") if path.suffix in (".safetensors", ".json"))
-    ignored = ("OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK", "MODEL_NAME", "DATASET_NAME")
-    identity = {name: getattr(cfg, name) for name in SETTINGS if name not in ignored}
-    identity |= {"model": commit or [digest(path) for path in files], "prompt": PROMPT}
-    identity |= {"processes": PartialState().num_processes, "train": train["text"][:], "test": test["text"][:]}
+ASKED = ("QUESTIONS", "MAX_NEW_TOKENS", "TEMPERATURE")
+NOT_TRAINED = (*ASKED, "OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK")
+LOCATIONS = ("MODEL_NAME", "MODEL_REVISION", "DATASET_NAME", "DATASET_REVISION")
+
+
+def run_folder(cfg, model_path, commit, train, held_out):
+    """The run's folder: the model's name, and a hash of all that the training depends on.
+
+    Model and data are in it by their content, wherever they lie. Questions are not in it: others can
+    be asked without training again.
+    """
+    model = commit
+    if model is None:
+        files = [x for x in model_path.iterdir() if x.suffix in (".json", ".safetensors", ".txt", ".model")]
+        model = {path.name: sha256(path) for path in sorted(files)}
+    trained = [name for name in SETTINGS if name not in (*NOT_TRAINED, *LOCATIONS)]
+    identity = {
+        "settings": {name: getattr(cfg, name) for name in trained},
+        "prompt": PROMPT,
+        "model": model,
+        "train": train,
+        "held_out": held_out,
+        "processes": PartialState().num_processes,
+    }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
-    return Path(cfg.OUTPUT_DIR, f"{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(cfg.MODEL_NAME).name)}-{key}")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(cfg.MODEL_NAME).name)
+    return Path(cfg.OUTPUT_DIR).expanduser() / f"{name}-{key}"
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_finished(run, cfg):
+    """Whether every product is there, for these questions; results.json is written last."""
+    results = load_json(run / "results.json")
+    names = ["report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"]
+    if cfg.SAVE_MERGED:
+        names.append("merged")
+    if results is None or not all((run / name).exists() for name in names):
+        return False
+    return all(results["settings"][name] == getattr(cfg, name) for name in ASKED)
 
 
 def lock_run(run):
-    """Make the run's folder, and keep other processes out of it as long as the lock that this returns lives."""
+    """Make the run's folder, and keep other processes out of it for as long as the lock lives."""
     (run / "checkpoints").mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(run / "checkpoints" / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise InputError(f"another process is at work in {run}: wait for it; start several with torchrun") from error
+    except (OSError, NotImplementedError) as error:  # some network disks have none
+        say(f"no file locks in {run} ({error}): see that no other process works there")
     return lock
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around `main`: what the user can mend ends with one line on stderr and an exit code, without a traceback."""
+    """Around `main`: what a user can mend ends with one line on stderr and an exit code."""
     try:
         yield
         return
     except InputError as error:
         code, message = 2, f"error: {error}"
     except KeyboardInterrupt:
-        code, message = 130, f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
+        code = 130
+        message = f"interrupted: the same command goes on from the last checkpoint in {OUTPUT_DIR}/"
+    except BrokenPipeError:  # as in `| head -1`
+        code = 130
+        message = "interrupted: nobody reads the output any more; the same command goes on"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError:
-        code, message = 2, "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
-    except Exception as error:  # torch and safetensors don't pass the error number on
-        if getattr(error, "errno", None) != errno.ENOSPC and shutil.disk_usage(OUTPUT_DIR).free > 2**20:
+        code = 2
+        message = "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
+    except Exception as error:
+        # torch and safetensors don't pass a full disk's error number on
+        free = shutil.disk_usage(Path(OUTPUT_DIR).expanduser()).free
+        if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and free > 2**20:
             raise
-        code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
-    if os.environ.get("RANK", "0") == "0":
+        code = 2
+        message = f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
+    if (os.environ.get("RANK") or "0") == "0":
         print(message, file=sys.stderr)
     raise SystemExit(code)
 
 
-@one_line_errors()
-def main():
-    """The whole story, in order; returns the run's folder."""
-    # settings and machine: all that can be checked before anything takes time
-    cfg = SimpleNamespace(**{name: globals()[name] for name in SETTINGS})
-    check_settings(cfg)
-    device, precision, hardware_name = choose_hardware()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    process = PartialState(cpu=device == "cpu")  # joins the others, if torchrun started several
-    rank, processes = process.process_index, process.num_processes
-    for library in (transformers, datasets):  # what a user can do nothing about; warnings of torch and the data stay
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
-    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware_name}, {device}, {precision}, {processes} process(es)")
+# --------------------------------------------------------------------------------------------------
+# The story
 
-    # model and data: from here on a folder and a file on this disk
-    model_path, commit, data_path, data_commit, fallback = find_inputs(cfg)
-    tokenizer = load_tokenizer(model_path)
-    model = load_model(model_path, dropout=cfg.BASE_DROPOUT)
-    kwargs = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
-    train, test, counts = load_splits(data_path, **kwargs)
-    model.to(device)
+
+def check_stages(run):
+    """Raise InputError where a trained run lacks what it can't be gone on with without."""
+    training = run / "checkpoints" / "training.json"
+    adapter = run / "adapter" / "adapter_model.safetensors"
+    again = "move the run's folder away to train it again"
+    if (run / "results.json").exists() and not training.exists():
+        raise InputError(f"{run} is finished, but its checkpoints/ are gone: {again}")
+    if training.exists() and not adapter.exists():
+        raise InputError(f"{run} is trained, but its adapter/ is gone: {again}")
+    if training.exists():
+        say("trained already: what is asked or measured now goes without training")
+
+
+def announce(cfg, model, encoded, held_out):
+    """One line on what is coming, before the first long work."""
+    rows_per_step = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS * PartialState().num_processes
+    steps = cfg.MAX_STEPS
+    if steps == -1:
+        steps = math.ceil(cfg.NUM_EPOCHS * math.ceil(len(encoded) / rows_per_step))
+    tokens = steps * rows_per_step * sum(len(row.ids) for row in encoded) / len(encoded)
+    trainable, total = model.get_nb_trainable_parameters()
     say(
-        f"data: {counts['rows']:,} rows; dropped {counts['dropped_empty']:,} without an answer, "
-        f"{counts['dropped_duplicate']:,} duplicates, {counts['dropped_malformed']:,} malformed; "
-        f"{counts['train_rows']:,} to train on, {counts['test_rows']:,} held out"
+        f"to come: {steps:,} steps of {rows_per_step:,} rows, about {tokens:,.0f} tokens, for {trainable:,} "
+        f"of {total:,} parameters; before and after it {len(held_out):,} rows scored, up to "
+        f"{8 * TITLE_ROWS:,} for the title test, and {len(cfg.QUESTIONS)} questions asked"
     )
 
-    # what only the model can say of the settings
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
-    longest = max(len(row.ids) for row in encode(tokenizer, prompts, sys.maxsize))
-    if cfg.MAX_LENGTH > context or longest + cfg.MAX_NEW_TOKENS > context:
-        raise InputError(
-            f"MAX_LENGTH = {cfg.MAX_LENGTH}, and prompts of {longest} tokens + MAX_NEW_TOKENS = {cfg.MAX_NEW_TOKENS}, "
-            f"must fit the context of {cfg.MODEL_NAME}: {context} tokens"
+
+def measure(model, tokenizer, cfg, train, held_out, machine, stages, when):
+    """All that is measured before and after alike, each kept in `stages` -> dict of results."""
+    size = cfg.MAX_LENGTH
+    asked = {
+        "questions": list(cfg.QUESTIONS.values()),
+        "max_new_tokens": cfg.MAX_NEW_TOKENS,
+        "temperature": cfg.TEMPERATURE,
+        "seed": cfg.SEED,
+    }
+    jobs = {
+        "scores": lambda bar: score_rows(model, tokenizer, held_out, max_length=size, progress=bar).tolist(),
+        "answers": lambda bar: on_first(lambda: ask(model, tokenizer, progress=bar, **asked)),
+        "held_out_titles": lambda bar: score_titles(model, tokenizer, held_out, size, progress=bar),
+        "trained_titles": lambda bar: score_titles(model, tokenizer, train, size, progress=bar),
+        "general_text": lambda bar: score_general_text(model, tokenizer, size, progress=bar),
+    }
+    found = {}
+    for name, job in jobs.items():
+        depends_on = dict(machine)  # an interrupted run may go on on another machine
+        if name == "answers":
+            depends_on |= asked
+        elif name != "scores":
+            depends_on |= {"articles": [TITLE_ROWS, GENERAL_ARTICLES]}
+        make = functools.partial(job, f"{when}: {name.replace('_', ' ')}")
+        found[name] = kept(stages / f"{when}-{name}.json", make, depends_on)
+    perplexity = summarize_scores(found["scores"])["answer"] or math.nan
+    say(f"{when}: answer perplexity {perplexity:.2f} on {len(held_out):,} held-out rows")
+    return found
+
+
+def describe_machine(name, device, precision):
+    """results["hardware"] and results["versions"], as they are when the training ends."""
+    hardware = {
+        "name": name,
+        "device": device,
+        "precision": precision,
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+        "peak_memory_gib": peak_memory(),
+    }
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"hardware": hardware, "versions": versions}
+
+
+def stage_seconds(stages):
+    """Seconds before, in and after the training, of what `kept` has kept."""
+    seconds = {"before": 0.0, "training": 0.0, "after": 0.0}
+    for stage in seconds:
+        for path in stages.glob(f"{stage}*.json"):
+            seconds[stage] += load_json(path)["seconds"]
+    return seconds
+
+
+def model_prompt(tokenizer, question):
+    """All that the model is given, as text: the prompt, after a BOS where the model expects one."""
+    prompt = format_prompt(question)
+    bos = tokenizer.decode(leading_bos(tokenizer))
+    return prompt if prompt.startswith(bos) else bos + prompt
+
+
+def compare_scores(before, after):
+    """results["perplexity"], from what `measure` found before and after."""
+    ends = {"before": before, "after": after}
+    return {
+        **{when: summarize_scores(found["scores"]) for when, found in ends.items()},
+        "change": paired_change(before["scores"], after["scores"]),
+        "title": {
+            name: {when: summarize_titles(found[f"{name}_titles"]) for when, found in ends.items()}
+            for name in ("held_out", "trained")
+        },
+        "general": {when: found["general_text"] for when, found in ends.items()},
+    }
+
+
+def compare_answers(cfg, tokenizer, before, after):
+    """results["answers"], from what `ask` returned before and after."""
+    answers = []
+    for (topic, question), one, two in zip(cfg.QUESTIONS.items(), before, after, strict=True):
+        answers.append(
+            {
+                "topic": topic,
+                "question": question,
+                "prompt": model_prompt(tokenizer, question),
+                "before": one[0],
+                "after": two[0],
+                "before_stats": answer_stats(one[0], finished=one[1]),
+                "after_stats": answer_stats(two[0], finished=two[1]),
+            }
         )
-    encoded = encode(tokenizer, train["text"][:], cfg.MAX_LENGTH, end=True)
-    counts["truncated_train_rows"] = sum(ids[-1] != tokenizer.eos_token_id for ids, _, _ in encoded)
-    if not cfg.TRAIN_ON_PROMPT and all(first == len(ids) for ids, first, _ in encoded):
-        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: no room for answers, the rows' prompts alone are that long")
+    return answers
+
+
+def save_merged(model_path, adapter, tokenizer, folder):
+    """Write a plain model folder, with the adapter merged into the fp32 weights."""
+    model = PeftModel.from_pretrained(load_model(model_path), str(adapter)).merge_and_unload()
+    write_folder(folder, model.save_pretrained, tokenizer.save_pretrained)
+
+
+def write_products(results, run):
+    """The plots, the report and the adapter's model card, from what results.json will hold."""
+    title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
+    if results["offline_fallback"]:
+        title += " (offline default)"
+    perplexity = results["perplexity"]
+    plot_training_loss(
+        results["training"]["log_history"],
+        run / "training_loss.png",
+        title=f"LoRA fine-tuning of {title}",
+        loss_on=loss_scope(results["settings"]),
+    )
+    plot_perplexity(
+        perplexity["before"],
+        perplexity["after"],
+        run / "perplexity_comparison.png",
+        title=f"{results['data']['test_rows']:,} held-out rows: {title}",
+    )
+    write_model_card(results, run / "adapter")
+    write_report(results, run / "report.md")
+
+
+def show_results(results, run):
+    """The end on the screen: perplexities, one question with both answers, where the rest is."""
+    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
+    say(f"\n{'perplexity, held-out rows':28}{'before':>10}{'after':>10}{'change':>10}")
+    for name, label in MEASURES.items():
+        if before[name]:
+            change = percent_change(before[name], after[name])
+            say(f"{label:28}{before[name]:10.2f}{after[name]:10.2f}{change:>10}")
+    title = results["perplexity"]["title"]["held_out"]
+    if title["before"]:
+        fall = title["before"]["own_loss"] - title["after"]["own_loss"]
+        topic = title["after"]["gain"] - title["before"]["gain"]
+        say(f"\nof the articles' fall in loss, {fall:.3f} nats per token, {topic:.3f} is about their topic")
+    answer = results["answers"][0]
+    say(f"\n{answer['question']}")
+    for when in ("before", "after"):
+        text = textwrap.shorten(answer[when], 180, placeholder=" ...")
+        say(textwrap.indent("\n".join(textwrap.wrap(text, 90)), f"  {when:6}  ", lambda _: True))
+    total = sum(results["hardware"]["stage_seconds"].values())
+    say(f"\n{tqdm.format_interval(total)} in all. Everything is in {run}/; read report.md first.")
+
+
+def add_ends(training, before, after, on_prompt):
+    """results["training"] with its log history's two ends: the base model, and the saved adapter."""
+    history = training["log_history"]
+    first = {"step": 0, "epoch": 0.0}
+    last = {"step": training["steps"], "epoch": history[-1]["epoch"]}
+    first |= validation_losses(before, on_prompt)
+    last |= validation_losses(after, on_prompt)
+    return training | {"log_history": [first, *history, last]}
+
+
+@one_line_errors()
+def main():
+    """The whole story, in order -> the run's folder."""
+    # Settings and machine: all that can be checked before anything takes time.
+    cfg = SimpleNamespace(**{name: globals()[name] for name in SETTINGS})
+    check_settings(cfg)
+    device, precision, hardware = choose_hardware()
+    # joins the processes that torchrun started; one may download for hours while the others wait
+    processes = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12)).num_processes
+    hush()
+    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware}, {device}, {precision}, {processes} process(es)")
+
+    # Model and data: from here on they are on this disk, and the Hub is left alone.
+    model_path, commit, data_path, data_commit, is_offline_default = find_inputs(cfg)
+    split = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
+    train, test, counts = load_splits(data_path, **split)
+    train, held_out = train["text"][:], test["text"][:]
+    tokenizer = load_tokenizer(model_path)
+    encoded = encode(tokenizer, train, cfg.MAX_LENGTH, end=True)
+    counts["truncated_train_rows"] = sum(row.ids[-1] != tokenizer.eos_token_id for row in encoded)
+    say("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+
+    # A finished run is left alone; one that is interrupted, or asked other questions, goes on in its folder.
+    run = run_folder(cfg, model_path, commit, train, held_out)
+    if on_first(lambda: is_finished(run, cfg)):
+        say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
+        return run
+
+    # The model gets its LoRA adapter once; as long as the adapter is disabled it is the base model.
+    model = load_model(model_path, device=device, precision=precision, dropout=cfg.BASE_DROPOUT)
+    check_fit(cfg, model, tokenizer, encoded)
+    check_model(model, tokenizer)
+    transformers.set_seed(cfg.SEED)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=cfg.LORA_R,
         lora_alpha=cfg.LORA_ALPHA,
         lora_dropout=cfg.LORA_DROPOUT,
         target_modules=cfg.LORA_TARGET_MODULES,
-        revision=commit,
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
+        revision=commit,
     )
-    try:
-        with torch.device("meta"):  # costs nothing, and PEFT judges the settings now rather than after the baseline
-            shell = get_peft_model(AutoModelForCausalLM.from_config(model.config), copy.deepcopy(lora))
-    except (ValueError, re.error) as error:
-        raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: {str(error).splitlines()[0]}") from error
-    if any(isinstance(x, BaseTunerLayer) for x in (shell.get_input_embeddings(), shell.get_output_embeddings())):
-        raise InputError(f"LORA_TARGET_MODULES = {cfg.LORA_TARGET_MODULES!r}: not embeddings or the LM head")
-    trainable, total = shell.get_nb_trainable_parameters()
+    model = add_adapter(model, lora)
+    locks = []  # the first process's, held until the end
+    on_first(lambda: locks.append(lock_run(run)))
+    on_first(lambda: check_stages(run))
+    announce(cfg, model, encoded, held_out)
 
-    # the run's folder: an interrupted run goes on in it, a finished one is left alone
-    run = run_folder(cfg, model_path, commit, train, test)
-    lock = lock_run(run) if rank == 0 else None
-    checkpoints, adapter = run / "checkpoints", run / "adapter"
-    names = ["results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"]
-    products = [run / name for name in names + ["merged"] * cfg.SAVE_MERGED]
-    if on_first(lambda: all(path.exists() for path in products)):
-        say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
-        return run
-    if on_first(lambda: (run / "results.json").exists() and not (checkpoints / "training.json").exists()):
-        raise InputError(f"{run} is finished, but its checkpoints/ are gone: move it away to run it again")
+    # Before, fine-tuning, after: each is kept as soon as it is there, and not done twice.
+    stages = run / "checkpoints"
+    inputs = (tokenizer, cfg, train, held_out, {"device": device, "precision": precision}, stages)
+    with model.disable_adapter():
+        before = measure(model, *inputs, when="before")
+    base_name = cfg.MODEL_NAME if commit else str(model_path.resolve())
+    training = kept(
+        stages / "training.json",
+        lambda: (
+            fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, base_name)
+            | describe_machine(hardware, device, precision)
+        ),
+        depends_on={},
+    )
 
-    # the baseline, from the base model itself, before any trainer exists
-    texts, questions = test["text"][:], list(cfg.QUESTIONS.values())
-    titles = {}
-    for split, rows in (("train", train), ("test", test)):
-        found = (re.search(r"What is (.+?) and explain in detail", text) for text in rows["text"])
-        titles |= {x.group(1).casefold(): (split, text) for x, text in zip(found, rows["text"], strict=True) if x}
-    articles = {topic: titles[topic.casefold()] for topic in cfg.QUESTIONS if topic.casefold() in titles}
-
-    scoring = {"max_length": cfg.MAX_LENGTH, "dtype": dtype}
-
-    def measure(model, name):
-        """Score and ask a model, the same way before and after; kept in checkpoints/<name>.json."""
-        path, began = checkpoints / f"{name}.json", time.monotonic()
-        kept = on_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-        if kept.get("precision") != precision:  # the run may go on on another machine
-            rows = score_rows(model, tokenizer, texts, progress=f"  scoring, {name}", **scoring)
-            own = score_rows(model, tokenizer, [text for _, text in articles.values()], **scoring)
-            asked = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
-            asked |= {"dtype": dtype, "with_finished": True}
-            answers = on_first(lambda: generate_answers(model, tokenizer, questions, **asked))
-            kept = {"rows": rows.tolist(), "articles": own.tolist(), "answers": answers, "precision": precision}
-            on_first(lambda: write_json(path, kept))
-            perplexity, took = summarize_scores(rows)["answer"] or math.nan, time.monotonic() - began
-            say(f"{name}: answer perplexity {perplexity:.2f} on {len(texts):,} rows, all questions asked; {took:.0f} s")
-        return kept
-
-    def mean_nll(rows):
-        """Of what the training loss sees: whole rows, or answers."""
-        nll, tokens = np.sum(rows, axis=0)[[0, 1] if cfg.TRAIN_ON_PROMPT else [2, 3]]
-        return float(nll / tokens)
-
-    before = measure(model, "before")
-
-    # LoRA fine-tuning
-    if not on_first(adapter.exists):
-        labels = [ids if cfg.TRAIN_ON_PROMPT else [-100] * first + ids[first:] for ids, first, _ in encoded]
-        tokens = datasets.Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": labels})
-        sft_config = SFTConfig(
-            output_dir=str(checkpoints),
-            seed=cfg.SEED,
-            data_seed=cfg.SEED,
-            max_length=cfg.MAX_LENGTH,
-            num_train_epochs=cfg.NUM_EPOCHS,
-            max_steps=cfg.MAX_STEPS,
-            per_device_train_batch_size=cfg.BATCH_SIZE,
-            gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
-            learning_rate=cfg.LEARNING_RATE,
-            lr_scheduler_type="linear",
-            warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
-            max_grad_norm=cfg.MAX_GRAD_NORM,
-            logging_steps=cfg.LOGGING_STEPS,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps",
-            eval_steps=cfg.EVAL_STEPS,
-            save_strategy="steps",
-            save_steps=cfg.EVAL_STEPS,
-            save_total_limit=2,
-            report_to=cfg.REPORT_TO,
-            run_name=run.name,
-            include_num_input_tokens_seen="non_padding",
-            use_cpu=device == "cpu",
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
-            gradient_checkpointing=needs_checkpointing(model, cfg.BATCH_SIZE, cfg.MAX_LENGTH),
-            pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH),
-            dataloader_pin_memory=device == "cuda",
-            ddp_find_unused_parameters=False,
-        )
-
-        trainer = LoRATrainer(
-            model=model,
-            args=sft_config,
-            train_dataset=tokens,
-            processing_class=tokenizer,
-            peft_config=lora,
-            eval_dataset=tokens.select([0]),  # a stand-in: it validates on `texts`
-            validate=lambda model: mean_nll(score_rows(model, tokenizer, texts, **scoring)),
-        )
-        trainer.train(resume_from_checkpoint=on_first(lambda: newest_checkpoint(checkpoints)))
-        if rank == 0:
-            state, seconds, left_out = trainer.state, trainer.clock.seconds, ("seconds", "num_input_tokens_seen")
-            history = [
-                {k: v for k, v in entry.items() if k not in left_out and math.isfinite(v)}  # fp16 may scale to infinity
-                for entry in state.log_history
-            ]
-            summary = {
-                "steps": state.global_step,
-                "tokens": state.num_input_tokens_seen,
-                "seconds": seconds,
-                "tokens_per_second": state.num_input_tokens_seen / seconds,
-                "trainable_parameters": trainable,
-                "total_parameters": total,
-                "log_history": history,
-            }
-            write_json(checkpoints / "training.json", summary)
-            # rather than a folder in the Hub's cache
-            base_name = cfg.MODEL_NAME if commit else str(model_path.resolve())
-            trainer.model.peft_config["default"].base_model_name_or_path = base_name
-            save_folder(
-                adapter,
-                lambda folder: trainer.model.save_pretrained(folder, save_embedding_layers=False),
-                tokenizer.save_pretrained,
-            )
-        on_first(lambda: None)  # the others wait
-        del trainer
-
-    # the same two measurements, of the adapter as it was saved
+    # "After" is the adapter as it was saved, on a model that no training has touched.
     del model
     gc.collect()
-    model = PeftModel.from_pretrained(load_model(model_path), str(adapter)).to(device)
-    after = measure(model, "after")
-    if rank > 0:
+    model = load_model(model_path, device=device, precision=precision)
+    model = PeftModel.from_pretrained(model, str(run / "adapter"))
+    after = measure(model, *inputs, when="after")
+    if not PartialState().is_main_process:
         return run
 
-    # results, report, plots and model card
-    training = json.loads((checkpoints / "training.json").read_text(encoding="utf-8"))
-    history = training["log_history"]
-    history.insert(0, {"step": 0, "epoch": 0.0, "eval_loss": mean_nll(before["rows"])})
-    history.append({"step": training["steps"], "epoch": history[-1]["epoch"], "eval_loss": mean_nll(after["rows"])})
-    answers, own = [], {}
-    for topic, one, two in zip(articles, before["articles"], after["articles"], strict=True):
-        if one[3]:  # tokens of its answer
-            perplexity = {"perplexity_before": math.exp(one[2] / one[3]), "perplexity_after": math.exp(two[2] / two[3])}
-            own[topic] = {"split": articles[topic][0], **perplexity}
-    for i, (topic, question) in enumerate(cfg.QUESTIONS.items()):
-        (one, one_ended), (two, two_ended) = before["answers"][i], after["answers"][i]
-        answers.append(
-            {
-                "topic": topic,
-                "question": question,
-                "prompt": prompts[i],
-                "before": one,
-                "after": two,
-                "before_stats": answer_stats(one, finished=one_ended),
-                "after_stats": answer_stats(two, finished=two_ended),
-                "reference": own.get(topic),
-            }
-        )
-    packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
-    rows_before, rows_after = np.array(before["rows"]), np.array(after["rows"])
+    # All figures in one place; plots, report and card are made of them. results.json is written last: with it the
+    # run is finished.
     results = {
         "model": cfg.MODEL_NAME,
         "model_revision": commit,
         "dataset": cfg.DATASET_NAME,
         "dataset_revision": data_commit,
-        "offline_fallback": fallback,
-        "settings": {name: getattr(cfg, name) for name in SETTINGS},
-        "versions": {"python": platform.python_version()} | {x: importlib.metadata.version(x) for x in packages},
-        "hardware": {
-            "name": hardware_name,
-            "device": device,
-            "precision": precision,
-            "processes": processes,
-            "threads": torch.get_num_threads(),
-        },
+        "offline_fallback": is_offline_default,
+        "settings": vars(cfg),
+        "versions": training.pop("versions"),
+        "hardware": training.pop("hardware") | {"stage_seconds": stage_seconds(stages)},
         "data": counts,
-        "perplexity": {
-            "before": summarize_scores(rows_before),
-            "after": summarize_scores(rows_after),
-            "change": paired_change(rows_before, rows_after),
-        },
-        "training": training,
-        "answers": answers,
+        "perplexity": compare_scores(before, after),
+        "training": add_ends(training, before["scores"], after["scores"], cfg.TRAIN_ON_PROMPT),
+        "answers": compare_answers(cfg, tokenizer, before["answers"], after["answers"]),
     }
-    if not (run / "results.json").exists():
-        write_json(run / "results.json", results)
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    scores, title = results["perplexity"], f"{short_name(cfg.MODEL_NAME)} on {short_name(cfg.DATASET_NAME)}"
-    title += " (offline default)" * fallback
-    loss_on = "all tokens" if cfg.TRAIN_ON_PROMPT else "the answers only"
-    history = results["training"]["log_history"]
-    plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}", loss_on=loss_on)
-    plot = run / "perplexity_comparison.png"
-    plot_perplexity(scores["before"], scores["after"], plot, title=f"{len(texts):,} held-out rows: {title}")
-    write_model_card(results, adapter / "README.md")
-    write_report(results, run / "report.md")
+    (run / "results.json").unlink(missing_ok=True)  # that of other questions
+    write_products(results, run)
     if cfg.SAVE_MERGED and not (run / "merged").exists():
-        ids = torch.arange(8, device=device)[None]
-        with torch.no_grad():
-            logits, merged = model(input_ids=ids).logits, model.merge_and_unload()
-            same = torch.allclose(merged(input_ids=ids).logits, logits, rtol=1e-3, atol=1e-3)
-        assert same, "merging the adapter changed the logits"
-        save_folder(run / "merged", merged.save_pretrained, tokenizer.save_pretrained)
-
-    say(f"\n{'perplexity, held-out rows':26}{'before':>10}{'after':>10}{'change':>10}")
-    for label, key in (("answers only", "answer"), ("full text", "full_text"), ("reference protocol", "seed_protocol")):
-        old, new = (scores[when][key] or math.nan for when in ("before", "after"))
-        say(f"{label:26}{old:10.2f}{new:10.2f}{new / old - 1:+10.1%}")
-    say(f"\nwrote {run}/: {', '.join(names[:-1])}, adapter/{', merged/' * cfg.SAVE_MERGED}")
-    lock.release()
+        save_merged(model_path, run / "adapter", tokenizer, run / "merged")
+    write_json(run / "results.json", results)
+    show_results(results, run)
+    locks[0].release()
     return run
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # the latter is how Slurm and spot machines end a job
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how Slurm and spot machines end a job
         signal.signal(number, signal.default_int_handler)
     main()

@@ -1,11 +1,12 @@
-"""How fast, and with how much memory, against the reference recipe: GPT-2 124M, random weights, no network.
+"""How fast, and with how much memory, against the reference's recipe: GPT-2 124M, random weights, no network.
 
-    python tests/benchmark.py             # training, scoring, generation; about 10 minutes on 2 cores
-    python tests/benchmark.py --pieces    # what every single measure gives
-    python tests/benchmark.py --rows      # cost over the size of the data set
+    python tests/benchmark.py                    # training, scoring, answers, the whole job
+    python tests/benchmark.py --beside CHECKOUT  # another checkout of this project in the same run
+    python tests/benchmark.py --pieces           # what every single measure gives
+    python tests/benchmark.py --rows             # cost over the size of the data set
 
 Every line is a process of its own. Tokens are real ones, not padding; training counts the optimizer steps after the
-first. Row lengths are those of 4,302 articles of MedQuAD in the real set's format. Prints Markdown.
+first. Row lengths are drawn between the deciles of 4,302 articles of MedQuAD in the real set's format. Prints Markdown.
 """
 
 import argparse
@@ -30,23 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune_medical_gpt2 as script  # noqa: E402
 
 ANSWER_TOKENS = (54, 302, 354, 425, 516, 618, 732, 875, 1056, 1495, 3000)  # deciles, in GPT-2 tokens; the last capped
+REFERENCE, BESIDE = "reference recipe (fp32, stock SFTTrainer)", "the other checkout"
 TRAINING = {  # what a variant does otherwise than the reference recipe
-    "reference recipe (fp32, stock SFTTrainer)": set(),
+    REFERENCE: set(),
     "TRL's defaults (bf16 if the hardware has it, gradient checkpointing)": {"bf16", "checkpointing"},
     "ours": {"bf16", "no dropout", "fused gelu", "allocator", "own loss"},
 }
 PIECES = {
-    "reference recipe + bf16": {"bf16"},
+    "reference recipe + bf16 where the hardware has it": {"bf16"},
     "+ base dropouts off": {"bf16", "no dropout"},
     "+ fused GELU": {"bf16", "no dropout", "fused gelu"},
     "+ freed memory kept": {"bf16", "no dropout", "fused gelu", "allocator"},
-    "+ loss in chunks, frozen weights in bf16, padded shapes": TRAINING["ours"] | {"stock attention", "stock dropout"},
-    "+ LoRA's dropout from fewer draws": TRAINING["ours"] | {"stock attention"},
-    "+ attention by matrix products (ours)": TRAINING["ours"],
+    "+ loss in chunks, frozen weights in bf16, padded shapes, eager attention": TRAINING["ours"] | {"4 x 4"},
+    "+ 1 x 16 rows instead of 4 x 4 (ours)": TRAINING["ours"],
     "ours in fp32": TRAINING["ours"] - {"bf16"},
-    "ours, eager attention": TRAINING["ours"] | {"eager"},
-    "ours, 2 x 8 rows": TRAINING["ours"] | {"2 x 8"},
-    "ours, 1 x 16 rows": TRAINING["ours"] | {"1 x 16"},
 }
 MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50257 * 768  # of the blocks and the LM head
 
@@ -77,12 +75,10 @@ def make_model(variant):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout))
     model.requires_grad_(False)
-    model.set_attn_implementation("eager" if "eager" in variant else "sdpa")
+    if "own loss" in variant:
+        precision = script.choose_hardware()[1] if "bf16" in variant else "fp32"
+        return script.speed_up(model, precision)
     return model
-
-
-def has_bf16():
-    return script.choose_hardware()[1] == "bf16"
 
 
 class Clock(TrainerCallback):
@@ -104,8 +100,10 @@ def measure_training(variant, steps, texts=None):
     tokenizer = make_tokenizer()
     encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
     data = Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": [ids for ids, _, _ in encoded]})
-    rows = next((int(name[0]) for name in ("2 x 8", "1 x 16") if name in variant), 4)
-    trainer_class, more = (script.LoRATrainer, {"validate": None}) if "own loss" in variant else (SFTTrainer, {})
+    rows, trainer_class, more = 4, SFTTrainer, {}
+    if "own loss" in variant:
+        trainer_class, more = script.LoRATrainer, {"validate": None}
+        rows = 4 if "4 x 4" in variant or torch.cuda.is_available() else 1  # as fine_tune has it
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps + 1,
@@ -125,10 +123,6 @@ def measure_training(variant, steps, texts=None):
         pad_to_multiple_of=script.SHAPE_STEP if "own loss" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
-    if "stock attention" in variant:
-        script.use_causal_attention = lambda base: None
-    if "stock dropout" in variant:
-        script.fast_dropout = torch.nn.Dropout.forward
     model, clock = make_model(variant), Clock()
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **more
@@ -141,14 +135,13 @@ def measure_training(variant, steps, texts=None):
 
 
 def measure_scoring(ours, rows):
-    device, precision, _ = script.choose_hardware() if ours else ("cuda" if torch.cuda.is_available() else "cpu", 0, 0)
+    device = script.choose_hardware()[0] if ours else ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, texts = make_tokenizer(), make_texts(rows)
     model = make_model(TRAINING["ours"] if ours else set()).to(device).eval()
     tokens = sum(len(ids) for ids, _, _ in script.encode(tokenizer, texts, 512))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     began = time.perf_counter()
     if ours:
-        script.score_rows(model, tokenizer, texts, max_length=512, dtype=dtype)
+        script.score_rows(model, tokenizer, texts, max_length=512)
     else:
         with torch.no_grad():
             for text in texts:
@@ -207,21 +200,61 @@ def measure_rows(n, steps):
     return {**result, "seconds": prepared, "train_rows": len(train), "test_rows": len(test)}
 
 
-def in_own_process(function, *args):
-    """Call a function of this file in a new process, so that no measurement inherits another's memory or settings."""
+def in_own_process(function, *args, checkout=None):
+    """Call a function of this file, or of another checkout's, in a new process: nothing is inherited."""
+    file = Path(checkout, "tests", "benchmark.py") if checkout else __file__
     call = json.dumps([function, *[sorted(arg) if isinstance(arg, set) else arg for arg in args]])
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run([sys.executable, __file__, "--call", call], env=environment, capture_output=True, text=True)
+    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ  # as the script has it
+    environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    run = subprocess.run([sys.executable, file, "--call", call], env=environment, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(run.stderr)
     return json.loads(run.stdout.splitlines()[-1])
+
+
+def print_training(variants, matmul, steps, checkout):
+    """The table of training; returns tokens/s of every line."""
+    print("| training | tokens/s | ratio | peak memory | share of the bf16 matmul rate |\n|---|---|---|---|---|")
+    rates = {}
+    for label, variant in variants.items():
+        beside = checkout if label == BESIDE else None
+        result = in_own_process("measure_training", variant, steps, checkout=beside)
+        rates[label] = rate = result["rate"]
+        # a LoRA step: forward and the gradient of the activations, none of the weights; attention left out
+        share = 4 * MATMUL_PARAMETERS * rate / 1e9 / max(matmul.values())
+        ratio = rate / rates[REFERENCE]
+        print(f"| {label} | {rate:,.0f} | {ratio:.1f} | {result['memory']:.1f} GiB | {share:.0%} |", flush=True)
+    return rates
+
+
+def print_whole_job(rates, scoring_rows, checkout):
+    """The tables of scoring and of answers, and the whole reference job as projected from all three."""
+    print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
+    tokens = sum(min(512, 105 + n) for n in ANSWER_TOKENS) / len(ANSWER_TOKENS)  # of a row, roughly
+    base, projected = {}, []
+    for label in (REFERENCE, "ours", BESIDE):
+        if label not in rates:
+            continue
+        ours, beside = label != REFERENCE, checkout if label == BESIDE else None
+        scoring = in_own_process("measure_scoring", ours, scoring_rows if ours else 48, checkout=beside)["rate"]
+        asking = in_own_process("measure_generation", ours, 250, checkout=beside)["rate"]
+        for what, rate in (("scoring held-out rows", scoring), ("five answers", asking)):
+            ratio = rate / base.setdefault(what, rate)
+            print(f"| {what}, {label} | {rate:,.0f} | {ratio:.1f} |", flush=True)
+        scored = 2 * (687 if ours else 100)
+        seconds = 386 * 16 * tokens / rates[label] + (3 * 687 + scored) * tokens / scoring + 2500 / asking
+        projected.append(f"- {label}, perplexity of {scored // 2} rows: {seconds / 3600:.2f} hours")
+    print("\nThe whole job (386 steps of 16 rows, 3 validations of 687 rows, perplexity twice, 10 answers), projected:")
+    print("\n".join(projected))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--rows", action="store_true")
+    parser.add_argument("--beside", metavar="CHECKOUT", help="another checkout of this project")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of 16 rows to time, after a first one")
+    parser.add_argument("--scoring-rows", type=int, default=687, help="rows that this script scores")
     parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.call:
@@ -240,35 +273,14 @@ def main():
             cost = f"{result['seconds']:.1f} s | {result['rate']:,.0f} | {result['memory']:.1f} GiB"
             print(f"| {n:,} | {cost} |", flush=True)
         return
-    print("| training | tokens/s | ratio | peak memory | share of the bf16 matmul rate |\n|---|---|---|---|---|")
-    rates = {}
-    reference = "reference recipe (fp32, stock SFTTrainer)"
-    for label, variant in ({reference: set()} | PIECES if args.pieces else TRAINING).items():
-        result = in_own_process("measure_training", variant, args.steps)
-        rates[label] = rate = result["rate"]
-        # a LoRA step: forward and the gradient of the activations, none of the weights; attention left out
-        share = 4 * MATMUL_PARAMETERS * rate / 1e9 / matmul["torch.bfloat16"]
-        ratio = rate / rates[reference]
-        print(f"| {label} | {rate:,.0f} | {ratio:.1f} | {result['memory']:.1f} GiB | {share:.0%} |", flush=True)
     if args.pieces:
+        print_training({REFERENCE: set()} | PIECES, matmul, args.steps, None)
         return
-    print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
-    scoring, asking = (
-        [in_own_process(*call) for call in calls]
-        for calls in (
-            (("measure_scoring", False, 48), ("measure_scoring", True, 687)),
-            (("measure_generation", False, 250), ("measure_generation", True, 250)),
-        )
-    )
-    for label, (slow, fast) in (("scoring held-out rows", scoring), ("five answers", asking)):
-        print(f"| {label}, the reference's way | {slow['rate']:,.0f} | 1.0 |")
-        print(f"| {label}, ours | {fast['rate']:,.0f} | {fast['rate'] / slow['rate']:.1f} |")
-    tokens = sum(min(512, 105 + n) for n in ANSWER_TOKENS) / len(ANSWER_TOKENS)  # of a row, roughly
-    print("\nThe whole job (386 steps of 16 rows, 3 validations of 687 rows, perplexity twice, 10 answers), projected:")
-    for i, (label, scored) in enumerate(((reference, 2 * 100), ("ours", 2 * 687))):
-        seconds = 386 * 16 * tokens / rates[label] + 2500 / asking[i]["rate"]
-        seconds += (3 * 687 + scored) * tokens / scoring[i]["rate"]
-        print(f"- {label}, perplexity of {scored // 2} rows: {seconds / 3600:.1f} hours")
+    variants = dict(TRAINING)
+    if args.beside:
+        variants[BESIDE] = TRAINING["ours"]
+    rates = print_training(variants, matmul, args.steps, args.beside)
+    print_whole_job(rates, args.scoring_rows, args.beside)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import datasets
@@ -69,6 +70,68 @@ def test_all_formats_give_the_same_rows(tmp_path):
         assert sorted(train["text"][:] + test["text"][:]) == sorted(texts), name
 
 
+def rows_of(path):
+    train, test, _ = load_splits(str(path), test_size=0.2, seed=1)
+    return sorted(train["text"][:] + test["text"][:])
+
+
+ROWS = sorted(row(i) for i in range(10))
+JSON_LINES = "".join(json.dumps({"text": text}) + "\n" for text in ROWS)
+CSV = "\n".join(["text", *(f'"{text}"' for text in ROWS)])
+MIXED = [{"code": i if i < 5 else "A", "text": text} for i, text in enumerate(ROWS)]
+READABLE_FILES = {
+    "a BOM": ("a.jsonl", b"\xef\xbb\xbf" + JSON_LINES.encode()),
+    "a BOM in CSV": ("a.csv", b"\xef\xbb\xbf" + CSV.encode()),
+    "UTF-16, as PowerShell redirects": ("a.jsonl", JSON_LINES.encode("utf-16")),
+    "JSON lines called .json": ("a.json", JSON_LINES.encode()),
+    "an indented array": ("a.json", json.dumps([{"text": text} for text in ROWS], indent=1).encode()),
+    "pandas' to_json": ("a.json", json.dumps({"text": dict(enumerate(ROWS))}).encode()),
+    "a column of two types": ("a.jsonl", "\n".join(map(json.dumps, MIXED)).encode()),
+    "a column of two types in CSV": (
+        "a.csv",
+        "\n".join(["code,text", *(f'{x["code"]},"{x["text"]}"' for x in MIXED)]).encode(),
+    ),
+    "a name that is a pattern": ("a[2]*.csv", CSV.encode()),
+    "half a character": ("a.jsonl", (JSON_LINES + json.dumps({"text": row("\ud83d")})).encode()),
+}
+
+
+@pytest.mark.parametrize("case", READABLE_FILES)
+def test_files_as_real_tools_write_them_are_read(tmp_path, case):
+    name, content = READABLE_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "a2.csv").write_text(f'text\n"{row("another file")}"')
+    assert rows_of(tmp_path / name) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl", "json"])
+def test_a_file_replaced_under_its_name_and_date_is_read_anew(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    for answer in ("It is a thing. ", "It is more. "):
+        texts = [row(i, answer) for i in range(10)]
+        table = datasets.Dataset.from_dict({"text": texts})
+        table.to_json(path) if kind.startswith("json") else getattr(table, f"to_{kind}")(path)
+        os.utime(path, (1577836800, 1577836800))
+        assert rows_of(path) == sorted(texts)
+
+
+def test_rows_of_several_turns_are_malformed(tmp_path):
+    texts = [row(i) for i in range(9)] + [row(i) + row(i + 1) for i in range(3)]
+    stats = load_splits(write_jsonl(tmp_path / "a.jsonl", texts), test_size=0.2, seed=1)[2]
+    assert stats["dropped_malformed"] == 3 and stats["train_rows"] + stats["test_rows"] == 9
+
+
+def test_a_prompt_may_hold_other_braces(monkeypatch):
+    monkeypatch.setattr(script, "PROMPT", '[INST] As JSON: {"answer": "..."}. {question} [/INST]')
+    assert format_prompt("Why?") == '[INST] As JSON: {"answer": "..."}. Why? [/INST]'
+
+
+@pytest.mark.parametrize("prompt", ["[INST] Tell me. [/INST]", "{question}", "[INST] {question} [/INST] Well,"])
+def test_a_prompt_without_its_question_or_mark_ends_with_one_line(tmp_path, monkeypatch, capsys, prompt):
+    monkeypatch.setattr(script, "PROMPT", prompt)
+    expect_error(monkeypatch, capsys, tmp_path, "PROMPT = ")
+
+
 BAD_FILES = {
     "wrong column": ("a.jsonl", '{"txt": "x"}\n', "no column `text`, only txt"),
     "not JSON": ("a.jsonl", f"{json.dumps({'text': row(1)})}\n\n{{'text': 1}}\n", "line 3: not JSON"),
@@ -82,6 +145,7 @@ BAD_FILES = {
     "csv without column": ("a.csv", "a,b\n1,2\n", "no column `text`, only a, b"),
     "not gzip": ("a.jsonl.gz", "plain", "can't be read"),
     "missing": ("b.jsonl", None, "is no file"),
+    "an object of something else": ("a.json", '{"version": 1,\n"data": []}', "no column `text`, only data, version"),
     "other format": ("a.txt", "text", "is no .jsonl, .json, .csv or .parquet"),
 }
 
@@ -180,11 +244,6 @@ def test_an_output_dir_that_is_a_file_ends_with_one_line(tmp_path, monkeypatch, 
     (tmp_path / "out").write_text("mine")
     expect_error(monkeypatch, capsys, tmp_path, "OUTPUT_DIR")
     assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_processes_that_do_not_know_of_each_other_are_an_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    expect_error(monkeypatch, capsys, tmp_path, "4 processes")
 
 
 def test_several_gpus_and_one_process_are_an_error(monkeypatch):

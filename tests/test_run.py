@@ -33,10 +33,18 @@ def flat(scores):
 
 
 def without_times(results):
-    """What two runs of the same command must share: everything but the times."""
-    training = {k: v for k, v in results["training"].items() if k not in ("seconds", "tokens_per_second")}
-    settings = {k: v for k, v in results["settings"].items() if k not in ("OUTPUT_DIR", "SAVE_MERGED")}
-    return results | {"training": training, "settings": settings}
+    """What two runs of the same command must share: everything but times and memory."""
+    results = json.loads(json.dumps(results))
+    for group, name in (
+        ("training", "seconds"),
+        ("training", "tokens_per_second"),
+        ("hardware", "stage_seconds"),
+        ("hardware", "peak_memory_gib"),
+        ("settings", "OUTPUT_DIR"),
+        ("settings", "SAVE_MERGED"),
+    ):
+        del results[group][name]
+    return results
 
 
 def start(output_dir, before="", launcher=(), **changes):
@@ -91,10 +99,7 @@ def test_every_file_is_there_and_says_what_the_contract_says(short_run):
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 10, 20, 24]
     assert [entry["step"] for entry in history if "loss" in entry] == [5, 10, 15, 20, 24]
     for answer in results["answers"]:
-        assert answer["prompt"] == script.format_prompt(answer["question"]) and answer["reference"]["split"] in (
-            "train",
-            "test",
-        )
+        assert answer["prompt"] == script.format_prompt(answer["question"])
         assert set(answer["after_stats"]) == {"words", "sentences", "unique_words", "distinct_bigrams", "finished"}
     low, high = results["perplexity"]["after"]["answer_ci95"]
     assert low < results["perplexity"]["after"]["answer"] < high
@@ -104,7 +109,7 @@ def test_training_tokens_are_the_real_ones(short_run, tiny, rows):
     encoded = script.encode(tiny[1], rows[0], SHORT_RUN["MAX_LENGTH"], end=True)
     tokens = sum(len(ids) for ids, _, _ in encoded)
     results = read(short_run)
-    per_row = results["training"]["tokens"] / (24 * 8)
+    per_row = results["training"]["tokens"] / (24 * 4)
     assert per_row == pytest.approx(tokens / len(rows[0]), rel=0.05)
     cut = sum(ids[-1] != tiny[1].eos_token_id for ids, _, _ in encoded)
     assert results["data"]["truncated_train_rows"] == cut
@@ -118,36 +123,26 @@ def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
 
 
 def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
-    model, tokenizer = tiny
-    results = read(short_run)
-    dtype = torch.bfloat16 if results["hardware"]["precision"] == "bf16" else torch.float32
-    fresh = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"], dtype=dtype)
+    results, tokenizer = read(short_run), tiny[1]
+    model = script.load_model(TESTS / "tiny_gpt2", precision=results["hardware"]["precision"])
+    fresh = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"])
     assert results["perplexity"]["before"] == fresh
-    answers = script.generate_answers(
-        model,
-        tokenizer,
-        list(script.QUESTIONS.values()),
-        max_new_tokens=SHORT_RUN["MAX_NEW_TOKENS"],
-        temperature=0.7,
-        seed=42,
-    )
+    asked = {"max_new_tokens": SHORT_RUN["MAX_NEW_TOKENS"], "temperature": 0.7, "seed": 42}
+    answers = script.generate_answers(model, tokenizer, list(script.QUESTIONS.values()), **asked)
     assert [answer["before"] for answer in results["answers"]] == answers
     assert answers != [answer["after"] for answer in results["answers"]]
 
 
 SCORE_AS_THE_SCRIPT = """
 import json
-import torch
 import finetune_medical_gpt2 as script
 for module in model.modules():
     if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
-        module.act = torch.nn.GELU(approximate="tanh")
-results = json.loads(open("../results.json", encoding="utf-8").read())
-settings, precision = results["settings"], results["hardware"]["precision"]
+        module.act = script.torch.nn.GELU(approximate="tanh")
+settings = json.loads(open("../results.json", encoding="utf-8").read())["settings"]
 split = {"test_size": settings["TEST_SIZE"], "seed": settings["SEED"]}
 texts = script.load_splits(settings["DATASET_NAME"], **split)[1]["text"]
-dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"], dtype=dtype)))
+print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"])))
 """
 
 
@@ -160,7 +155,8 @@ def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores
     assert done.returncode == 0, done.stderr
     answer, scores = done.stdout.rsplit("\n", 2)[:2]
     assert answer.strip()
-    assert flat(json.loads(scores)) == pytest.approx(flat(read(short_run)["perplexity"]["after"]), rel=1e-3)
+    tolerance = 0.01 if read(short_run)["hardware"]["precision"] == "bf16" else 1e-3  # the snippet runs in fp32
+    assert flat(json.loads(scores)) == pytest.approx(flat(read(short_run)["perplexity"]["after"]), rel=tolerance)
 
 
 def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
@@ -175,14 +171,20 @@ def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
     assert told["generated_text"].startswith(prompt) and len(told["generated_text"]) > len(prompt)
 
 
-def test_a_report_can_be_written_again_and_hostile_text_stays_in_its_fence(short_run, tmp_path):
+def test_a_report_can_be_written_again_and_hostile_text_stays_in_its_cell(short_run, tmp_path):
     results = read(short_run)
     script.write_report(results, tmp_path / "report.md")
     assert (tmp_path / "report.md").read_text() == (short_run / "report.md").read_text()
-    results["answers"][0]["after"] = "````\n# Not a heading\n</details>"
-    script.write_report(results, tmp_path / "report.md")
-    outside = re.sub(r"^(`{3,})text\n.*?^\1$", "", (tmp_path / "report.md").read_text(), flags=re.S | re.M)
-    assert "Not a heading" not in outside and "## The questions" in outside
+    hostile = "```\n\n# Heading\n</td></tr></table>\n\n| a | b |\n<script>alert(1)</script> \x1b[31m ![x](http://y.org)"
+    results["answers"][0] |= {"topic": hostile, "question": hostile, "before": hostile, "after": hostile}
+    script.write_report(results, tmp_path / "hostile.md")
+    lines = [(tmp_path / name).read_text().splitlines() for name in ("report.md", "hostile.md")]
+    assert len(lines[0]) == len(lines[1])  # so nothing begins a line, or a paragraph, of its own
+    text = "\n".join(lines[1])
+    assert text.count("<table>") == text.count("</table>") == 1 and "<script>" not in text and "\x1b" not in text
+    assert [line for line in lines[1] if line.startswith(("#", "```"))] == [
+        line for line in lines[0] if line.startswith(("#", "```"))
+    ]
 
 
 def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_run, monkeypatch, capsys):
@@ -197,6 +199,27 @@ def test_a_finished_run_is_not_repeated_and_other_settings_go_elsewhere(short_ru
             patch.setattr(script, name, value)
             script.main()
     assert len(list(short_run.parent.iterdir())) == 3
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_questions_are_asked_without_training(short_run, tmp_path, monkeypatch, capsys, finished):
+    run = shutil.copytree(short_run, tmp_path / short_run.name)
+    if not finished:
+        (run / "results.json").unlink()
+    before = read(short_run)
+    changes = {"QUESTIONS": {"Asthma": "What triggers asthma?"}, "MAX_NEW_TOKENS": 5, "TEMPERATURE": 0}
+    set_constants(monkeypatch, tmp_path, SAVE_MERGED=True, **changes)
+    for name in ("fine_tune", "score_rows"):
+        monkeypatch.setattr(script, name, None)
+    assert script.main() == run and "without training" in capsys.readouterr().out
+    after = read(run)
+    assert [(x["topic"], x["before_stats"]["words"] < 6) for x in after["answers"]] == [("Asthma", True)]
+    for name in ("report.md", "adapter/README.md"):
+        assert "What triggers asthma?" in (run / name).read_text()
+        assert "anthrax" not in (run / name).read_text().lower()
+    for name in ("data", "perplexity", "training"):
+        assert after[name] == before[name]
+    assert script.main() == run and "already finished" in capsys.readouterr().out
 
 
 def test_a_finished_run_without_its_checkpoints_is_not_measured_anew(short_run, tmp_path, monkeypatch, capsys):
@@ -215,9 +238,21 @@ def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run, folder):
     assert state["truncation"] is None and state["padding"] is None
 
 
-def test_the_same_seed_gives_the_same_results_on_the_same_machine(short_run, tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_results_and_the_samples_shown_in_training_change_none(
+    short_run, tmp_path, monkeypatch
+):
     set_constants(monkeypatch, tmp_path)
+    real, samples = script.ask, []
+
+    def ask(*args, **kwargs):
+        if kwargs["max_new_tokens"] != 30:
+            return real(*args, **kwargs)
+        samples.append(kwargs)
+        return [("not asked", True)]
+
+    monkeypatch.setattr(script, "ask", ask)
     again = script.main()
+    assert len(samples) == 2  # validations before the last step
     assert again.name == short_run.name
     assert without_times(read(again)) == without_times(read(short_run))
 
@@ -226,7 +261,8 @@ def test_the_same_seed_gives_the_same_results_on_the_same_machine(short_run, tmp
 
 
 def train_losses(trainer_class, dtype, rows, **kwargs):
-    model, tokenizer = script.load_model(TESTS / "tiny_gpt2", dropout=0.0), load_tiny()[1]  # no chance in it
+    model = script.load_model(TESTS / "tiny_gpt2", precision=dtype, dropout=0.0)  # no chance in it
+    tokenizer = load_tiny()[1]
     encoded = script.encode(tokenizer, rows[0][:48], 256, end=True)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
@@ -308,7 +344,7 @@ def test_without_train_on_prompt_the_loss_sees_the_answers_only(tmp_path, monkey
 
     monkeypatch.setattr(script.LoRATrainer, "compute_loss", compute_loss)
     results = read(script.main())
-    assert len(seen) == 8
+    assert len(seen) == 4
     for ids, labels in seen:
         assert tiny[1].decode(ids[labels == -100]).split("[/INST]")[1].replace(tiny[1].eos_token, "") == ""
         assert "[/INST]" not in tiny[1].decode(ids[labels != -100]) and (labels != -100).sum() > 20
@@ -360,24 +396,30 @@ def test_other_models_by_name_only(tmp_path, monkeypatch, width):
 
 # ---------------------------------------------------------------- interruptions
 
-KILL = "import os, signal\ndie = lambda: os.kill(os.getpid(), signal.SIGKILL)\nreal = script.{name}\n"
-MOMENTS = {
-    "after the baseline": ("write_json", "real(path, content); die() if 'before' in str(path) else None"),
-    "inside a checkpoint's writing": ("write_json", "die() if 'checkpoint-20' in str(path) else real(path, content)"),
-    "after training": ("write_json", "real(path, content); die() if 'training.json' in str(path) else None"),
-    "before the report": ("write_json", "real(path, content); die() if 'results.json' in str(path) else None"),
-}
+KILL = """
+import os, signal
+owner, name, moment = script, "write_json", {moment!r}
+if moment.startswith("checkpoint"):  # whose last file is its state
+    import transformers
+    owner, name = transformers.TrainerState, "save_to_json"
+real = getattr(owner, name)
+def patched(*args):
+    kill = moment in " ".join(map(str, args[:2])).replace("\\n", "")[:400]
+    if not (kill and moment.startswith(("checkpoint", "results"))): real(*args)
+    if kill: os.kill(os.getpid(), signal.SIGKILL)
+setattr(owner, name, patched)
+"""
+MOMENTS = ("before-scores", "before-answers", "checkpoint-20", "training.json", "after-scores", "results.json")
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(short_run, tmp_path):
-    for moment, (name, body) in MOMENTS.items():
-        patch = KILL.format(name=name) + f"def {name}(path, content):\n    {body}\nscript.{name} = {name}"
-        process = start(tmp_path / "out", before=patch)
+    for moment in MOMENTS:
+        process = start(tmp_path / "out", before=KILL.format(moment=moment))
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, moment
     run = tmp_path / "out" / short_run.name
-    assert (run / "results.json").exists() and not (run / "report.md").exists()
-    process = start(tmp_path / "out", before="script.score_rows = None")
+    assert (run / "report.md").exists() and not (run / "results.json").exists()
+    process = start(tmp_path / "out", before="script.score_rows = script.fine_tune = script.ask = None")
     output, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
     assert without_times(read(run)) == without_times(read(short_run))
@@ -385,18 +427,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(short_run, tmp_path):
         assert (run / name).exists()
 
 
-def test_a_torn_checkpoint_is_passed_over(tmp_path, capsys):
-    for step in (10, 20, 30):
+def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
+    for step, state in ((100, None), (20, '{"global_st'), (10, "{}"), (9, "{}")):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / "optimizer.pt").write_bytes(b"state" * 100)
-        if step < 30:
-            script.write_json(folder / "complete.json", {"optimizer.pt": script.digest(folder / "optimizer.pt")})
-    with open(tmp_path / "checkpoint-20" / "optimizer.pt", "r+b") as file:
-        file.truncate(100)
-    assert script.newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-10"]
-    assert capsys.readouterr().out.count("passing it over") == 2
+        if state:
+            (folder / "trainer_state.json").write_text(state)
+    assert script.checkpoints(tmp_path) == [tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"]
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
@@ -431,15 +468,16 @@ def test_a_full_disk_is_one_line_and_what_exists_stays(short_run, tmp_path, monk
         real(path, text)
 
     monkeypatch.setattr(script, "write_text", full)
-    monkeypatch.setattr(script, "EVAL_STEPS", 2)
+    monkeypatch.setattr(script, "MAX_STEPS", 1)
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2 and "error: no space left" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.glob("*/checkpoints/*.json")] == ["before.json"]
+    kept = sorted(path.name for path in tmp_path.glob("*/checkpoints/*.json"))
+    assert kept == ["before-answers.json", "before-scores.json"]
 
 
 def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    set_constants(monkeypatch, tmp_path, EVAL_STEPS=2)
+    set_constants(monkeypatch, tmp_path, LOGGING_STEPS=2)
     real = script.LoRATrainer.compute_loss
 
     def broken(self, *args, **kwargs):
@@ -451,7 +489,7 @@ def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path,
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2 and "the training loss is not finite at step 4" in capsys.readouterr().err
-    assert script.newest_checkpoint(next(tmp_path.glob("*/checkpoints"))).endswith("checkpoint-2")
+    assert script.checkpoints(next(tmp_path.glob("*/checkpoints")))[-1].name == "checkpoint-2"
 
 
 def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
@@ -474,9 +512,20 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(tmp_path):
     assert results["training"]["steps"] == 2 and lines[1][1] == f"{results['perplexity']['after']['answer']:.2f}"
 
 
+@pytest.mark.parametrize("error", ["script.InputError('not this one')", "ZeroDivisionError(lambda: 0)"])
+def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, error):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29732")
+    fail = f"def fail(*args): raise {error}\nscript.fetch = fail"
+    process = start(tmp_path / "out", before=fail, launcher=launcher)
+    output, error_text = process.communicate(timeout=120)
+    assert process.returncode != 0
+    if "InputError" in error:
+        assert error_text.count("error: not this one") == 1 and "exitcode  : 2" in error_text
+
+
 def test_two_processes_give_the_figures_of_one(short_run, tmp_path):
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731")
-    process = start(tmp_path / "out", launcher=launcher, GRADIENT_ACCUMULATION_STEPS=1)
+    process = start(tmp_path / "out", launcher=launcher, BATCH_SIZE=2)
     output, error = process.communicate(timeout=240)
     assert process.returncode == 0, error[-2000:]
     (run,) = (tmp_path / "out").iterdir()

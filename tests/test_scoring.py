@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load_tiny, script
+from conftest import TESTS, load_tiny, script
 
 from finetune_medical_gpt2 import (
     InputError,
     answer_stats,
+    ask,
     bootstrap_ci95,
     encode,
     evaluate_perplexity,
@@ -17,7 +18,6 @@ from finetune_medical_gpt2 import (
     generate_answers,
     paired_change,
     score_rows,
-    side_by_side,
 )
 
 SCORES = ("full_text", "answer", "seed_protocol", "bits_per_byte")
@@ -49,10 +49,8 @@ def test_uniform_logits_give_the_vocabulary_size(rows):
     assert scores["answer_ci95"] == pytest.approx([model.config.vocab_size] * 2, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "dtype, offset, tolerance", [(torch.float32, 0, 1e-5), (torch.bfloat16, 0, 5e-3), (torch.bfloat16, -90, 5e-3)]
-)
-def test_known_logits_give_the_perplexity_computed_by_hand(dtype, offset, tolerance):
+@pytest.mark.parametrize("precision, offset, tolerance", [("fp32", 0, 1e-5), ("bf16", 0, 5e-3), ("bf16", -90, 5e-3)])
+def test_known_logits_give_the_perplexity_computed_by_hand(precision, offset, tolerance):
     # in bfloat16, numbers near -90 are half a unit apart: without centring the head the last case is far off
     torch.manual_seed(0)
     log_probs = torch.randn(load_tiny()[0].config.vocab_size).mul(2).log_softmax(0)
@@ -63,7 +61,8 @@ def test_known_logits_give_the_perplexity_computed_by_hand(dtype, offset, tolera
     assert ids[-len(answer_ids) :] == answer_ids
     expected_full = math.exp(-log_probs[ids[1:]].mean())
     answer_nll = -log_probs[answer_ids].sum().item()
-    scores = evaluate_perplexity(model, tokenizer, [prompt + answer], max_length=512, dtype=dtype)
+    script.speed_up(model, precision)
+    scores = evaluate_perplexity(model, tokenizer, [prompt + answer], max_length=512)
     assert scores["tokens"] == len(ids) - 1 and scores["answer_tokens"] == len(answer_ids)
     assert math.log(scores["full_text"]) == pytest.approx(math.log(expected_full), rel=tolerance)
     assert math.log(scores["answer"]) == pytest.approx(answer_nll / len(answer_ids), rel=tolerance)
@@ -97,82 +96,59 @@ def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows, ki
         assert scores["seed_protocol"] == pytest.approx(math.exp(sum(means) / len(texts)), rel=1e-5)
 
 
+def load_bf16():
+    return script.load_model(TESTS / "tiny_gpt2", precision="bf16")
+
+
 def test_bfloat16_scores_are_those_of_float32(tiny, rows):
     model, tokenizer = tiny
-    exact = evaluate_perplexity(model, tokenizer, rows[1], max_length=384)
-    rounded = evaluate_perplexity(model, tokenizer, rows[1], max_length=384, dtype=torch.bfloat16)
+    exact = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=256)
+    rounded = evaluate_perplexity(load_bf16(), tokenizer, rows[1][:3], max_length=256)
     for kind in SCORES:
         assert rounded[kind] == pytest.approx(exact[kind], rel=0.01)
 
 
-def test_scoring_and_asking_leave_the_model_as_it_was(tiny, rows):
-    model, tokenizer = tiny
+def test_scoring_and_asking_leave_the_model_as_it_was(rows):
+    model, tokenizer = load_bf16().train(), load_tiny()[1]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    head = model.get_output_embeddings().weight
-    score_rows(model, tokenizer, rows[1][:3], max_length=200, dtype=torch.bfloat16)
-    asked = {"max_new_tokens": 2, "temperature": 0, "seed": 0}
-    generate_answers(model, tokenizer, ["What is Water?"], dtype=torch.bfloat16, **asked)
-    with pytest.raises(ZeroDivisionError), script.inference(model, torch.bfloat16):
+    score_rows(model, tokenizer, rows[1][:1], max_length=100)
+    generate_answers(model, tokenizer, ["What is Water?"], max_new_tokens=2, temperature=0, seed=0)
+    with pytest.raises(ZeroDivisionError), script.inference(model):
         _ = 1 / 0
     after = model.state_dict()
-    assert all(torch.equal(before[name], after[name]) and after[name].dtype == torch.float32 for name in before)
-    assert model.get_output_embeddings().weight is head is model.get_input_embeddings().weight
-    assert model.config._attn_implementation == "sdpa"
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("n, past, key_heads", [(40, 0, 6), (40, 24, 6), (40, 24, 2), (33, 7, 3), (5, 0, 1), (1, 9, 6)])
-def test_causal_attention_is_softmax_over_what_came_before(monkeypatch, n, past, key_heads):
-    monkeypatch.setattr(script, "ATTENTION_BLOCK", 16)
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(2, h, m, 8) for h, m in ((6, n), (key_heads, n + past), (key_heads, n + past)))
-    inputs = [x.requires_grad_() for x in (query, key, value)]
-    expected = torch.zeros(2, n, 6, 8)
-    for h in range(6):
-        for i in range(n):
-            k, v = (x[:, h * key_heads // 6, : past + i + 1] for x in (key, value))
-            weights = torch.softmax(0.3 * (k * query[:, h, i, None]).sum(-1), -1)
-            expected[:, i, h] = (weights[..., None] * v).sum(1)
-    output, _ = script.causal_attention(None, query, key, value, None, scaling=0.3)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-    wanted, found = (torch.autograd.grad(x.square().sum(), inputs) for x in (expected, output))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+def test_only_the_matrices_are_rounded_and_the_embeddings_stay_as_they_are(tiny):
+    rounded, exact = load_bf16().state_dict(), tiny[0].state_dict()
+    for name, value in exact.items():
+        is_matrix = name.endswith("weight") and ".c_" in name or name == "lm_head.weight"
+        assert rounded[name].dtype == (torch.bfloat16 if is_matrix else torch.float32), name
+        if not is_matrix:
+            assert torch.equal(rounded[name], value)
+    head = exact["lm_head.weight"] - exact["lm_head.weight"].mean(0)
+    assert torch.equal(rounded["lm_head.weight"], head.bfloat16())
 
 
-@pytest.mark.parametrize("amx", [True, False])
-def test_attention_is_switched_for_scoring_alone_and_only_where_it_is_faster(tiny, rows, monkeypatch, amx):
-    model, tokenizer = tiny
-    calls, real = [], script.causal_attention
-    monkeypatch.setattr(script, "causal_attention", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    scores = evaluate_perplexity(model, tokenizer, rows[1][:4], max_length=300)
-    assert bool(calls) is not amx and model.config._attn_implementation == "sdpa"
-    ids = [tokenizer(text, truncation=True, max_length=300)["input_ids"] for text in rows[1][:4]]
-    nll = torch.cat([plain_nll(model, row) for row in ids])
-    assert scores["full_text"] == pytest.approx(nll.double().mean().exp().item(), rel=1e-5)
-
-
-def test_fast_dropout_drops_as_torchs_does():
-    dropout, x = torch.nn.Dropout(0.1), torch.ones(1001, 999)
-    torch.manual_seed(0)
-    y = script.fast_dropout(dropout, x)
-    assert sorted(set(y.unique().tolist())) == pytest.approx([0, 1 / 0.9])
-    for dim in (0, 1):  # no row, no column and no neighbour is favoured
-        assert (y == 0).float().mean(dim).sub(0.1).abs().max() < 0.05
-    dropped = (y == 0).float()
-    assert dropped.mean().item() == pytest.approx(0.1, abs=1e-3)
-    assert (dropped[:, 1:] * dropped[:, :-1]).mean().item() == pytest.approx(0.01, abs=1e-3)
-    assert not torch.equal(y, script.fast_dropout(dropout, x))
-    torch.manual_seed(0)
-    assert torch.equal(y, script.fast_dropout(dropout, x))
-    assert script.fast_dropout(dropout.eval(), x) is x
+def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
+    model, tokenizer = load_tiny()
+    assert script.has_plain_head(model)
+    expected = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    assert not script.has_plain_head(model)
+    nll = [plain_nll(model, tokenizer(text, truncation=True, max_length=100)["input_ids"]) for text in rows[1][:3]]
+    scores = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
+    assert scores["full_text"] == pytest.approx(torch.cat(nll).double().mean().exp().item(), rel=1e-5)
+    assert scores["full_text"] != pytest.approx(expected["full_text"], rel=0.01)
 
 
 def test_the_reference_protocol_is_the_first_hundred_rows(tiny, rows):
     model, tokenizer = tiny
-    texts = [rows[0][i % 40][:900] for i in range(130)]
-    scored = score_rows(model, tokenizer, texts, max_length=200)
+    texts = [rows[0][i % 40] for i in range(130)]
+    scored = score_rows(model, tokenizer, texts, max_length=64)
     expected = math.exp(np.mean(scored[:100, 0] / scored[:100, 1]))
-    assert evaluate_perplexity(model, tokenizer, texts, max_length=200)["seed_protocol"] == pytest.approx(expected)
+    assert evaluate_perplexity(model, tokenizer, texts, max_length=64)["seed_protocol"] == pytest.approx(expected)
 
 
 def test_encode_marks_the_answer_and_truncates(tiny, rows):
@@ -231,9 +207,11 @@ def test_paired_change_is_the_mean_of_the_rows_changes():
 def test_answers_are_seeded_cut_and_the_same_in_a_batch_as_alone(tiny):
     model, tokenizer = tiny
     questions = ["What is a bicycle?", "What is the long and winding history of the river that crosses the old town?"]
-    ask = lambda asked, **change: generate_answers(  # noqa: E731
-        model, tokenizer, asked, **({"max_new_tokens": 16, "temperature": 0.7, "seed": 1} | change)
-    )
+
+    def ask(asked, **change):
+        settings = {"max_new_tokens": 16, "temperature": 0.7, "seed": 1} | change
+        return generate_answers(model, tokenizer, asked, **settings)
+
     torch.manual_seed(123)
     state = torch.get_rng_state()
     assert ask(questions) == ask(questions)
@@ -241,7 +219,7 @@ def test_answers_are_seeded_cut_and_the_same_in_a_batch_as_alone(tiny):
     assert ask(questions) != ask(questions, seed=2)
     padded = questions[:1]
     assert ask(questions, temperature=0)[0] == ask(padded, temperature=0)[0]
-    exact = {"temperature": 0, "dtype": torch.float32}  # bfloat16 turns a near tie of the other's, 0.007 apart
+    exact = {"temperature": 0}
     assert ask(questions, **exact) == [ask([question], **exact)[0] for question in questions]
     assert not any(
         question in answer or "[/INST]" in answer for question, answer in zip(questions, ask(questions), strict=True)
@@ -261,20 +239,6 @@ def test_answers_are_drawn_as_the_probabilities_say():
         assert drawn.count(word.strip()) / 500 == pytest.approx(p, abs=0.06)
 
 
-def test_weights_first_computes_what_the_layers_do():
-    model, _ = load_tiny()
-    with script.inference(model, torch.bfloat16) as (base, _):
-        layers = [base.transformer.h[0].attn.c_attn, base.transformer.h[1].mlp.c_proj, base.lm_head]
-        inputs = [torch.randn(5, 1, layer.weight.shape[isinstance(layer, torch.nn.Linear)]) for layer in layers]
-        plain = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
-        with script.weights_first(base):
-            assert all("forward" in vars(layer) for layer in layers)
-            for layer, x, expected in zip(layers, inputs, plain, strict=True):
-                assert layer(x).shape == expected.shape and layer(x).dtype == expected.dtype
-                torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.02)
-        assert not any("forward" in vars(layer) for layer in layers)
-
-
 def test_an_answer_ends_at_the_end_mark_or_eos():
     model, tokenizer = load_tiny()
     mark = tokenizer("</s>")["input_ids"]
@@ -290,14 +254,11 @@ def test_an_answer_ends_at_the_end_mark_or_eos():
 
     model.forward = forward
     asked = {"max_new_tokens": len(plan), "temperature": 0.7, "seed": 0}
-    assert generate_answers(model, tokenizer, ["What is rest?"], **asked, with_finished=True) == [("Rest", True)]
+    assert ask(model, tokenizer, ["What is rest?"], **asked) == [("Rest", True)]
     scripted = iter([*plan[:1], tokenizer.eos_token_id])
-    assert generate_answers(model, tokenizer, ["What is rest?"], **asked, with_finished=True)[0][1] is True
+    assert ask(model, tokenizer, ["What is rest?"], **asked)[0][1] is True
     scripted = iter(plan[:1])
-    assert (
-        generate_answers(model, tokenizer, ["What?"], **(asked | {"max_new_tokens": 1}), with_finished=True)[0][1]
-        is False
-    )
+    assert ask(model, tokenizer, ["What?"], **(asked | {"max_new_tokens": 1}))[0][1] is False
 
 
 def test_answer_stats_by_hand():
@@ -305,12 +266,3 @@ def test_answer_stats_by_hand():
     assert stats == {"words": 7, "sentences": 3, "unique_words": 5, "distinct_bigrams": 5, "finished": True}
     assert answer_stats("") == {"words": 0, "sentences": 0, "unique_words": 0, "distinct_bigrams": 0, "finished": False}
     assert answer_stats("It stops in the middle of a", finished=False)["finished"] is False
-
-
-def test_nothing_in_an_answer_closes_the_fence_of_the_report():
-    hostile = "```\n# Heading\n````` </td></tr> <script>alert(1)</script> \x1b[31m [x](http://example.org)"
-    block = side_by_side(hostile, "harmless")
-    lines = block.splitlines()
-    fence = lines[-1]
-    assert set(fence) == {"`"} and lines[0] == fence + "text" and fence not in "\n".join(lines[1:-1])
-    assert "\x1b" not in block
