@@ -840,25 +840,26 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     # Complete, as nothing is inherited: load_model empties the model's own generation config.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        stop_strings=[END_MARK],
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )
+    width = prompts["input_ids"].shape[1]
+    bar = progress_bar(progress, max_new_tokens, " tokens")
 
-    # `generate` hands the prompts, and then each new token of the batch, to a streamer: here, a bar.
+    def ended(input_ids, scores, **unused):
+        """Which answers now hold </s>, in their last tokens: in GPT-2's vocabulary it is no token of its own."""
+        bar.update()
+        tails = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - 8) :])
+        return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
+
     cuda_devices = [base.device] if base.device.type == "cuda" else []
-    with (
-        inference(base),
-        torch.random.fork_rng(cuda_devices),
-        progress_bar(progress, max_new_tokens + 1, " tokens") as bar,
-    ):
+    with inference(base), torch.random.fork_rng(cuda_devices), bar:
         torch.manual_seed(seed)
-        streamer = SimpleNamespace(put=lambda tokens: bar.update(), end=bar.refresh)
-        output = base.generate(**prompts, generation_config=config, tokenizer=tokenizer, streamer=streamer)
+        output = base.generate(**prompts, generation_config=config, stopping_criteria=[ended])
 
     answers = []
-    for ids in output[:, prompts["input_ids"].shape[1] :].tolist():
+    for ids in output[:, width:].tolist():
         stop = len(ids)
         if tokenizer.eos_token_id in ids:
             stop = ids.index(tokenizer.eos_token_id)
@@ -1500,9 +1501,9 @@ others; words that begin like one of the title's were taken out, so that they ca
 {% endfor %}
 
 The loss of the held-out articles fell by {{ (title.before.own_loss - title.after.own_loss) | three }} nats per token
-under their own titles, and by {{ (title.before.other_loss - title.after.other_loss) | three }} under wrong ones: so much
-is language and tone. The difference, {{ (title.after.gain - title.before.gain) | three }}, is about the topic. A gain of
-trained articles alone is learned by heart.
+under their own titles, and by {{ (title.before.other_loss - title.after.other_loss) | three }} under wrong ones: so
+much is language and tone. The difference, {{ (title.after.gain - title.before.gain) | three }}, is about the topic. A
+gain of trained articles alone is learned by heart.
 {% endif %}
 
 {% if general.before %}

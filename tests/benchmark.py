@@ -76,9 +76,14 @@ def make_model(variant):
     model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout))
     model.requires_grad_(False)
     if "own loss" in variant:
-        precision = script.choose_hardware()[1] if "bf16" in variant else "fp32"
-        return script.speed_up(model, precision)
+        return script.speed_up(model, "bf16" if "bf16" in variant and has_bf16() else "fp32")
     return model
+
+
+def has_bf16():
+    """Whether the hardware multiplies in bf16, as the script decides it but without its allocator."""
+    cpu = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 class Clock(TrainerCallback):
@@ -96,7 +101,8 @@ class Clock(TrainerCallback):
 
 
 def measure_training(variant, steps, texts=None):
-    device, precision, _ = script.choose_hardware() if "allocator" in variant else ("cpu", "bf16", None)
+    if "allocator" in variant:
+        script.choose_hardware()
     tokenizer = make_tokenizer()
     encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
     data = Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": [ids for ids, _, _ in encoded]})
@@ -112,7 +118,7 @@ def measure_training(variant, steps, texts=None):
         learning_rate=1e-4,
         max_grad_norm=0.3,
         max_length=512,
-        bf16="bf16" in variant and precision == "bf16",
+        bf16="bf16" in variant and has_bf16(),
         gradient_checkpointing="checkpointing" in variant,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
@@ -168,10 +174,10 @@ def measure_generation(ours, new_tokens):
 
 
 def measure_matmul():
-    """GFLOP/s at the shapes of GPT-2's blocks, 2,048 tokens, in fp32 and bf16."""
+    """GFLOP/s at the shapes of GPT-2's blocks, 2,048 tokens, in fp32 and, where the hardware has it, bf16."""
     script.choose_hardware()
     device, rates = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16()]:
         best = 0
         for _ in range(5):
             work, seconds = 0, 0.0
@@ -214,7 +220,7 @@ def in_own_process(function, *args, checkout=None):
 
 def print_training(variants, matmul, steps, checkout):
     """The table of training; returns tokens/s of every line."""
-    print("| training | tokens/s | ratio | peak memory | share of the bf16 matmul rate |\n|---|---|---|---|---|")
+    print("| training | tokens/s | ratio | peak memory | share of the best matmul rate |\n|---|---|---|---|---|")
     rates = {}
     for label, variant in variants.items():
         beside = checkout if label == BESIDE else None
@@ -263,9 +269,9 @@ def main():
         return
     matmul = in_own_process("measure_matmul")
     name, cores = script.choose_hardware()[2], torch.get_num_threads()
-    fp32, bf16 = matmul["torch.float32"], matmul["torch.bfloat16"]
+    fp32, bf16 = matmul["torch.float32"], matmul.get("torch.bfloat16", 0)
     print(f"GPT-2 124M, random weights, on {name}, {cores} cores, torch {torch.__version__};")
-    print(f"matrix multiplication at its shapes {fp32:,.0f} GFLOP/s in fp32, {bf16:,.0f} in bf16.\n")
+    print(f"matrix multiplication at its shapes {fp32:,.0f} GFLOP/s in fp32, {bf16 or 'none'} in bf16.\n")
     if args.rows:
         print("| rows | read, clean, split | training tokens/s | peak memory |\n|---|---|---|---|")
         for n in (500, 2000, 6000):

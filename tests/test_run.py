@@ -263,13 +263,13 @@ def test_the_same_seed_gives_the_same_results_and_the_samples_shown_in_training_
 def train_losses(trainer_class, dtype, rows, **kwargs):
     model = script.load_model(TESTS / "tiny_gpt2", precision=dtype, dropout=0.0)  # no chance in it
     tokenizer = load_tiny()[1]
-    encoded = script.encode(tokenizer, rows[0][:48], 256, end=True)
+    encoded = script.encode(tokenizer, rows[0][:16], 64, end=True)
     data = Dataset.from_list([{"input_ids": ids, "labels": ids} for ids, _, _ in encoded])
     config = SFTConfig(
         output_dir="unused",
         max_steps=4,
         learning_rate=5e-3,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=1,
         bf16=dtype == "bf16",
@@ -277,7 +277,7 @@ def train_losses(trainer_class, dtype, rows, **kwargs):
         gradient_checkpointing=False,
         report_to="none",
         save_strategy="no",
-        max_length=256,
+        max_length=64,
         disable_tqdm=True,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
@@ -404,7 +404,7 @@ if moment.startswith("checkpoint"):  # whose last file is its state
     owner, name = transformers.TrainerState, "save_to_json"
 real = getattr(owner, name)
 def patched(*args):
-    kill = moment in " ".join(map(str, args[:2])).replace("\\n", "")[:400]
+    kill = moment in str(args[1] if name == "save_to_json" else args[0])  # the path
     if not (kill and moment.startswith(("checkpoint", "results"))): real(*args)
     if kill: os.kill(os.getpid(), signal.SIGKILL)
 setattr(owner, name, patched)
@@ -472,8 +472,8 @@ def test_a_full_disk_is_one_line_and_what_exists_stays(short_run, tmp_path, monk
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2 and "error: no space left" in capsys.readouterr().err
-    kept = sorted(path.name for path in tmp_path.glob("*/checkpoints/*.json"))
-    assert kept == ["before-answers.json", "before-scores.json"]
+    kept = [path.name for path in tmp_path.glob("*/checkpoints/*.json")]
+    assert "before-answers.json" in kept and all(name.startswith("before-") for name in kept)
 
 
 def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -530,6 +530,6 @@ def test_two_processes_give_the_figures_of_one(short_run, tmp_path):
     assert process.returncode == 0, error[-2000:]
     (run,) = (tmp_path / "out").iterdir()
     one, two = read(short_run), read(run)
-    assert two["hardware"]["processes"] == 2 and output.count("wrote ") == 1
+    assert two["hardware"]["processes"] == 2 and output.count("Everything is in") == 1
     assert flat(two["perplexity"]["before"]) == pytest.approx(flat(one["perplexity"]["before"]), rel=1e-3)
     assert two["perplexity"]["after"]["answer"] == pytest.approx(one["perplexity"]["after"]["answer"], rel=0.01)

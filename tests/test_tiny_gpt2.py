@@ -79,9 +79,7 @@ def test_training_lowers_the_held_out_loss_and_writes_an_ordinary_gpt2(run_step,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert len(tokenizer) == model.config.vocab_size == 700
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
-    shown = run_step(
-        "show", "--model", tmp_path / "new", "--texts", tmp_path / "texts", "--prompt", "A"
-    )
+    shown = run_step("show", "--model", tmp_path / "new", "--texts", tmp_path / "texts", "--prompt", "A")
     assert held_out_losses(shown, "everyday") == [after]
 
 
@@ -95,18 +93,14 @@ def test_tuning_lowers_the_teachers_held_out_loss_and_the_tuned_teacher_is_sampl
     assert after < before - 1
 
     size = ("--sample-rows", 4, "--new-tokens", 200, "--sample-tokens", 300)
-    run_step(
-        "sample", "--teacher", tmp_path / "tuned", "--texts", tmp_path / "texts", "--seed", 3, *size
-    )
+    run_step("sample", "--teacher", tmp_path / "tuned", "--texts", tmp_path / "texts", "--seed", 3, *size)
     rows = make_tiny_gpt2.read_json_lines(tmp_path / "texts" / "articles-3.jsonl")
     subjects = make_tiny_gpt2.choose_subjects()[0]
     assert rows and all((row["title"], row["kind"]) in subjects for row in rows)
     assert all("<|im_end|>" not in row["article"] for row in rows)
 
 
-def test_the_fast_sampler_gives_the_logits_of_transformers_while_rows_leave(
-    small_teacher, monkeypatch
-):
+def test_the_fast_sampler_gives_the_logits_of_transformers_while_rows_leave(small_teacher, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(small_teacher, dtype=torch.float32).eval()
     prompts = torch.randint(500, (6, 9), generator=torch.Generator().manual_seed(0))
     seen = []
@@ -125,12 +119,7 @@ def test_the_fast_sampler_gives_the_logits_of_transformers_while_rows_leave(
     remaining = list(range(6))
     for step, logits in enumerate(seen):
         remaining = [row for row in remaining if eos not in answers[row][:step]]
-        whole = torch.stack(
-            [
-                torch.cat([prompts[row], torch.tensor(answers[row][:step]).long()])
-                for row in remaining
-            ]
-        )
+        whole = torch.stack([torch.cat([prompts[row], torch.tensor(answers[row][:step]).long()]) for row in remaining])
         with torch.no_grad():
             expected = model(whole).logits[:, -1]
         assert torch.allclose(logits, expected, atol=1e-5)

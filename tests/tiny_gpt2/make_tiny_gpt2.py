@@ -148,9 +148,7 @@ def tune(args):
         rows.append((request + answer, len(request)))
     rows, held_out = split(rows)
     optimizer = torch.optim.AdamW(model.parameters(), TUNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, TUNING_RATE, args.tuning_steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, TUNING_RATE, args.tuning_steps, pct_start=0.1)
     rng = random.Random(args.seed)
     print(f"step 0: held-out loss {held_out_loss(model, held_out)[0]:.3f} a token", flush=True)
     for step in range(1, args.tuning_steps + 1):
@@ -169,16 +167,12 @@ def choose_subjects():
     """-> ([(subject, kind)], weights) of all that the teacher is asked about."""
     things = [(noun, kind) for kind, nouns in WORDS["things"].items() for noun in nouns]
     troubles_of_things = [
-        (form.format(noun=noun), "trouble")
-        for noun, kind in things
-        for form in WORDS["troubles_of"].get(kind, [])
+        (form.format(noun=noun), "trouble") for noun, kind in things for form in WORDS["troubles_of"].get(kind, [])
     ]
     troubles = [(trouble, "trouble") for trouble in WORDS["troubles"]]
     body = [(part, "body") for part in WORDS["body"]]
     groups = [things, troubles_of_things, troubles, body]
-    weights = [
-        share / len(group) for share, group in zip(SHARES, groups, strict=True) for _ in group
-    ]
+    weights = [share / len(group) for share, group in zip(SHARES, groups, strict=True) for _ in group]
     return sum(groups, []), weights
 
 
@@ -399,9 +393,7 @@ def train(args):
     )
     model = make_model(tokenizer, args.layers, args.width)
     rows = training_rows(tokenizer, lambda: write_epoch(articles, everyday, args.rename, rng))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, betas=(0.9, 0.97), weight_decay=0.1
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, betas=(0.9, 0.97), weight_decay=0.1)
     print(f"{model.num_parameters():,} parameters", flush=True)
     report_held_out(model, tokenizer, sources)
 
@@ -448,9 +440,7 @@ def keep_freed_memory():
 
 def main():
     steps = {"teacher": teacher, "tune": tune, "sample": sample, "train": train, "show": show}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("step", choices=steps)
     add("--teacher", type=Path, help="folder that teacher writes, and that tune and sample read")
