@@ -1,6 +1,6 @@
 """What moves the answer perplexity, and what it costs elsewhere: one change at a time, same split, as many tokens.
 
-    python tests/ablation.py MODEL DATASET [--steps 60] [--only WORD] [--output-dir ablation]
+    python tests/ablation.py MODEL DATASET [--steps 60] [--only WORD] [--title-rows 100] [--output-dir ablation]
 
 MODEL and DATASET are what MODEL_NAME and DATASET_NAME take. Every variant is a run of the script; all adapters are
 scored on the same held-out rows (a twentieth), cut at 512 tokens, whatever they were trained at. Prints a Markdown
@@ -23,9 +23,9 @@ VARIANTS = {
     "learning rate 1e-3": {"LEARNING_RATE": 1e-3},
     "learning rate 3e-3": {"LEARNING_RATE": 3e-3},
     "all linear layers": ALL,
-    "all linear layers, learning rate 1e-3": ALL | {"LEARNING_RATE": 1e-3},
-    "all linear layers, learning rate 3e-3": ALL | {"LEARNING_RATE": 3e-3},
-    "all linear layers, loss on the answers only, 1e-3": ALL | {"LEARNING_RATE": 1e-3, "TRAIN_ON_PROMPT": False},
+    "all linear layers at 1e-3": ALL | {"LEARNING_RATE": 1e-3},
+    "all linear layers at 3e-3": ALL | {"LEARNING_RATE": 3e-3},
+    "all linear layers at 1e-3, loss on the answers only": ALL | {"LEARNING_RATE": 1e-3, "TRAIN_ON_PROMPT": False},
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "r 32, alpha 32, learning rate 1e-3": {"LORA_R": 32, "LEARNING_RATE": 1e-3},
@@ -50,10 +50,12 @@ def main():
     parser.add_argument("dataset")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows of 512 tokens")
     parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--title-rows", type=int, default=script.TITLE_ROWS, help="articles in the title test")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()
     common = {"MODEL_NAME": args.model, "MODEL_REVISION": None, "DATASET_NAME": args.dataset, "MAX_STEPS": args.steps}
     common |= {"EVAL_STEPS": args.steps, "OUTPUT_DIR": args.output_dir, "MAX_NEW_TOKENS": 1, "TEST_SIZE": 0.05}
+    script.TITLE_ROWS = args.title_rows
     defaults = {name: getattr(script, name) for name in script.SETTINGS}
 
     score_rows, known = script.score_rows, {}

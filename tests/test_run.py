@@ -502,7 +502,18 @@ def test_a_second_process_in_the_same_run_is_turned_away(tmp_path):
 
 
 def test_the_ablation_prints_the_untouched_model_and_each_variant(tmp_path):
-    command = [sys.executable, "ablation.py", "tiny_gpt2", "medical_terms.jsonl", "--steps", "2", "--only", "3e-3"]
+    command = [
+        sys.executable,
+        "ablation.py",
+        "tiny_gpt2",
+        "medical_terms.jsonl",
+        "--steps",
+        "2",
+        "--only",
+        "rate 3e-3",
+        "--title-rows",
+        "4",
+    ]
     run = subprocess.run([*command, "--output-dir", tmp_path], cwd=TESTS, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()[2:]]
