@@ -12,7 +12,7 @@ reached, the same pipeline runs on a tiny model and data from tests/, and says s
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13, by tests/benchmark.py: GPT-2
 124M (random weights) trains at 2.0 times the tokens/s of the reference's recipe, in 1.9 GiB instead of
 7.7; with avx512_bf16 at 4.6 to 8.2 times, by the version before. Without a network this command takes
-the tiny model's answer perplexity from @@ to @@.
+the tiny model's answer perplexity from 46.26 to 23.62.
 
 It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of
 what the models write is medical advice.
@@ -2107,7 +2107,7 @@ def show_results(results, run):
     say(f"\n{answer['question']}")
     for when in ("before", "after"):
         text = textwrap.shorten(answer[when], 180, placeholder=" ...")
-        say(textwrap.indent("\n".join(textwrap.wrap(text, 90)), f"  {when:6}  ", lambda _: True))
+        say(textwrap.fill(text, 100, initial_indent=f"  {when:6}  ", subsequent_indent=" " * 10))
     total = sum(results["hardware"]["stage_seconds"].values())
     say(f"\n{tqdm.format_interval(total)} in all. Everything is in {run}/; read report.md first.")
 

@@ -103,6 +103,7 @@ def test_a_model_that_expects_a_bos_gets_it_in_the_cards_prompt():
 def error_of(tmp_path, monkeypatch, capsys, folder, **changes):
     """The one line with which main() refuses a model, before any run is begun."""
     set_constants(monkeypatch, tmp_path / "out", MODEL_NAME=str(folder), **changes)
+    capsys.readouterr()  # what making the folder showed
     with pytest.raises(SystemExit) as stop:
         script.main()
     error = capsys.readouterr().err
