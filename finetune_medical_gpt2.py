@@ -2168,10 +2168,11 @@ def main():
     locks = []  # the first process's, held until the end
     on_first(lambda: locks.append(lock_run(run)))
     on_first(lambda: check_stages(run))
-    announce(cfg, model, encoded, held_out)
+    stages = run / "checkpoints"
+    if not on_first((stages / "training.json").exists):
+        announce(cfg, model, encoded, held_out)
 
     # Before, fine-tuning, after: each is kept as soon as it is there, and not done twice.
-    stages = run / "checkpoints"
     inputs = (tokenizer, cfg, train, held_out, {"device": device, "precision": precision}, stages)
     with model.disable_adapter():
         before = measure(model, *inputs, when="before")
