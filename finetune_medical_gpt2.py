@@ -46,10 +46,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+
+def quit_at_once(*_):
+    sys.stderr.write("interrupted: nothing was done yet\n")
+    os._exit(130)
+
+
 # The imports below take seconds, and would answer Ctrl-C with a traceback.
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: (sys.stderr.write("interrupted: nothing was done yet\n"), os._exit(130)))
+        signal.signal(number, quit_at_once)
     # Read when torch is imported: waiting threads sleep, rather than slow down other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -91,26 +97,26 @@ MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
 MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of openai-community/gpt2; or None
 DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or .jsonl, .json, .csv, .parquet
 DATASET_REVISION = None  # None: the newest; results.json says which that was
-TEST_SIZE = 0.1  # share of the rows that is held out
+TEST_SIZE = 0.1  # share of the rows that is held out, drawn at random
 MAX_LENGTH = 512  # tokens; longer rows are cut
-SEED = 42
+SEED = 42  # of the split, the adapter's first weights, the order of the rows, dropout and answers
 DROP_EMPTY_ANSWERS = True  # False: keep rows without an article, as the reference did
 OFFLINE_FALLBACK = True  # without the Hub: True runs on what ships in tests/, False stops
 
 # LoRA
-LORA_R = 8
-LORA_ALPHA = 32
-LORA_DROPOUT = 0.1
+LORA_R = 8  # rank: each adapted matrix learns a sum of so many products of two vectors
+LORA_ALPHA = 32  # what is learned counts alpha / r times
+LORA_DROPOUT = 0.1  # on the adapter's inputs, in training
 LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or "all-linear"
 
 # Training
-NUM_EPOCHS = 1
+NUM_EPOCHS = 1  # times that every training row is seen
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
 LEARNING_RATE = 1e-4  # the reference's; README has what higher ones do
 BATCH_SIZE = 4  # rows per process and forward pass
 GRADIENT_ACCUMULATION_STEPS = 4  # a step sees BATCH_SIZE x this x processes rows
-WARMUP_RATIO = 0.03
-MAX_GRAD_NORM = 0.3
+WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises; then it falls to 0
+MAX_GRAD_NORM = 0.3  # longer gradients are shortened to it; 0: never
 LOGGING_STEPS = 10  # a line with the training loss, and a checkpoint
 EVAL_STEPS = 100  # validation on all held-out rows
 TRAIN_ON_PROMPT = True  # False: the loss sees the answers only
@@ -119,23 +125,24 @@ BASE_DROPOUT = 0.0  # the base model's own dropouts; None: as its config says (G
 # Questions; a finished run answers others without training again
 QUESTIONS = {
     "Paracetamol poisoning": "What are the symptoms and treatment for paracetamol poisoning?",
-    "Congenital adrenal hyperplasia": ("Explain the causes and symptoms of Congenital adrenal hyperplasia."),
+    "Congenital adrenal hyperplasia": "Explain the causes and symptoms of Congenital adrenal hyperplasia.",
     "Anthrax": "Describe the transmission, symptoms, and treatment of Anthrax.",
     "Cachexia": "What is Cachexia, and how does it affect the body?",
     "Botulism": "Explain the causes, symptoms, and treatment of Botulism.",
 }
-MAX_NEW_TOKENS = 250
-TEMPERATURE = 0.7  # 0: greedy
+MAX_NEW_TOKENS = 250  # an answer's longest
+TEMPERATURE = 0.7  # below 1 likelier tokens become likelier still; 0: greedy
 
 # Output
-OUTPUT_DIR = "outputs"
+OUTPUT_DIR = "outputs"  # each run gets a folder of its own in it
 REPORT_TO = "none"  # or "tensorboard", "trackio", "wandb"
 SAVE_MERGED = False  # True: also write merged/, a plain model folder with the adapter merged in
 
-# The names of the constants above (F is a module); what isn't among them can't be set by a caller.
-SETTINGS = [name for name in globals() if name.isupper() and name != "F"]
+# The names of the constants above (F is a module): they are what is checked, and written to results.json.
+SETTINGS = [name for name in list(globals()) if name.isupper() and name != "F"]
 
-# What the offline default sets apart; all else is as above.
+# What the offline default sets apart; all else is as above. An epoch is only 22 steps there: eight, at a higher
+# learning rate, so that something can be seen within minutes.
 OFFLINE_SETTINGS = {
     "MODEL_NAME": "tests/tiny_gpt2",
     "MODEL_REVISION": None,
@@ -147,7 +154,8 @@ OFFLINE_SETTINGS = {
 }
 PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
 
-# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK.
+# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK. These are no settings:
+# they must be as they stand in the data's rows, which nothing here rewrites.
 ANSWER_MARK = "[/INST]"
 END_MARK = "</s>"
 PROMPT = (
@@ -175,20 +183,21 @@ class HubUnreachable(Exception):
 
 def on_first(function):
     """What `function` returns on the first process, for every process; or what it raises there."""
-    result = error = told = None
+    result = error = shared = None
     if PartialState().is_main_process:
         try:
             result = function()
         except Exception as raised:
-            error = raised
+            error = shared = raised
             # what the others are told has to survive its way through pickle
-            known = isinstance(error, InputError | HubUnreachable)
-            told = error if known else RuntimeError(f"on the first process: {error!r}")
-    result, told = broadcast_object_list([result, told])
+            if not isinstance(error, InputError | HubUnreachable):
+                shared = RuntimeError(f"on the first process: {error!r}")
+    # Also after an error: processes that the first doesn't answer would wait for it for hours.
+    result, shared = broadcast_object_list([result, shared])
     if error is not None:
         raise error
-    if told is not None:
-        raise told
+    if shared is not None:
+        raise shared
     return result
 
 
@@ -211,12 +220,13 @@ def progress_bar(label, total, unit):
         unit_scale=unit == " tokens",
         leave=False,
         dynamic_ncols=True,
-        disable=True if hidden else None,  # None: only where the output is no terminal
+        disable=hidden or None,  # None lets tqdm decide: no bar where the output is no terminal
     )
 
 
 def last_line(error):
     """The last line of what an exception says, of its innermost cause."""
+    # libraries wrap the true reason (no such host, no space) in general words
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     lines = str(error).strip().splitlines()
@@ -224,7 +234,7 @@ def last_line(error):
 
 
 def write_text(path, text):
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all: half of one would pass for a finished stage."""
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
@@ -244,7 +254,7 @@ def load_json(path):
 def write_folder(folder, *savers):
     """Let `savers`, functions of a path, write a folder that appears whole or not at all."""
     part = Path(f"{folder}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # what an earlier kill left of it
     for save in savers:
         save(part)
     shutil.rmtree(folder, ignore_errors=True)
@@ -257,14 +267,15 @@ def kept(path, make, depends_on):
     Another call returns what is there, unless it depends on something else now. What a run's folder
     is named after (see run_folder) need not be listed. Called on every process, as `make` is.
     """
-    found = on_first(lambda: load_json(path))
-    if found is None or found["depends_on"] != depends_on:
+    # One process looks for all: if they disagreed, some would wait for others that never come.
+    record = on_first(lambda: load_json(path))
+    if record is None or record["depends_on"] != depends_on:
         began = time.monotonic()
         result = make()
         seconds = round(time.monotonic() - began, 1)
-        found = {"depends_on": depends_on, "seconds": seconds, "result": result}
-        on_first(lambda: write_json(path, found))
-    return found["result"]
+        record = {"depends_on": depends_on, "seconds": seconds, "result": result}
+        on_first(lambda: write_json(path, record))
+    return record["result"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,9 +295,11 @@ def is_local(kind, name):
     path = Path(name).expanduser()
     if not HUB_ID.fullmatch(name):
         return True
-    if kind == "dataset":
-        return path.is_file() or DATA_FILE.search(name) is not None
-    return (path / "config.json").is_file() or ("/" in name and path.is_dir())
+    if kind == "model" and (path / "config.json").is_file():
+        return True
+    if kind == "dataset" and (path.is_file() or DATA_FILE.search(name)):
+        return True
+    return "/" in name and path.is_dir()
 
 
 def short_name(name):
@@ -327,37 +340,42 @@ def fetch(kind, name, revision=None):
     does not answer and the cache lacks it.
     """
     if is_local(kind, name):
-        return Path(name).expanduser(), None
+        return Path(name).expanduser().absolute(), None
     unreachable = ask_hub(kind, name, revision)
+    offline = unreachable is not None
+    not_cached = HubUnreachable(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache")
 
-    # A model's repository often holds the same weights in several formats: one is enough.
+    # A model's repository often holds the same weights in several formats, in subfolders and as
+    # consolidated*.safetensors: one is enough.
     patterns = {}
     if kind == "model":
         patterns["allow_patterns"] = ["*.json", "*.safetensors", "*.txt", "*.model"]
         patterns["ignore_patterns"] = ["*/*", "consolidated*"]
     try:
-        snapshot = huggingface_hub.snapshot_download(
-            name, repo_type=kind, revision=revision, local_files_only=unreachable is not None, **patterns
+        # The revision as the user gave it: only then the cache remembers which commit it stood for.
+        folder = huggingface_hub.snapshot_download(
+            name, repo_type=kind, revision=revision, local_files_only=offline, **patterns
         )
-        files = [path for path in Path(snapshot).rglob("*") if path.is_file()]
     except hub_errors.HfHubHTTPError as error:
         raise InputError(f"{kind.upper()}_NAME: the Hub refuses {name!r}: {last_line(error)}") from error
     except (hub_errors.LocalEntryNotFoundError, huggingface_hub.utils.httpx.RequestError) as error:
-        if unreachable is None:
-            raise InputError(
-                f"{name}: the download broke off; the same command goes on ({last_line(error)})"
-            ) from error
-        snapshot, files = None, []
+        if offline:
+            raise not_cached from error
+        raise InputError(f"{name}: the download broke off; the same command goes on ({last_line(error)})") from error
 
+    snapshot = Path(folder)  # named after the commit
     # Other programs fill the same cache, too, some with no more than a model's config.json.
-    contents = [path for path in files if path.suffix not in CONTENT_FREE[kind]]
-    if unreachable and not contents:
-        raise HubUnreachable(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache")
-    return Path(snapshot), Path(snapshot).name
+    contents = [x for x in snapshot.rglob("*") if x.is_file() and x.suffix not in CONTENT_FREE[kind]]
+    if offline and not contents:
+        raise not_cached
+    return snapshot, snapshot.name
 
 
 def check_model_folder(folder):
-    """Raise InputError for a folder that holds no plain model."""
+    """Raise InputError for a folder that holds no plain model.
+
+    Weights are taken from safetensors alone: to unpickle others is to run whatever code they hold.
+    """
     if not (folder / "config.json").is_file():
         raise InputError(f"MODEL_NAME: {folder} is no model folder: it has no config.json")
     if not any(folder.glob("*.safetensors")):
@@ -376,16 +394,18 @@ def load_tokenizer(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"MODEL_NAME: the tokenizer in {folder} can't be loaded: {last_line(error)}") from error
+    # Only fast tokenizers tell which characters a token covers, and so where an answer begins.
     if not tokenizer.is_fast or tokenizer.eos_token is None or not tokenizer(PROMPT)["input_ids"]:
         raise InputError(f"MODEL_NAME: {folder} needs a fast tokenizer (tokenizer.json) and an end-of-sequence token")
+    # EOS will do: labels and masks decide what counts, never a padding token's id
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def load_model(folder, *, device="cpu", precision="fp32", dropout=None):
+def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     """A frozen causal LM from safetensors, without remote code, made fast for its device.
 
-    `dropout` replaces all dropouts that the model's config names. Raises InputError.
+    `dropout` replaces all dropouts that the model's config names at its top. Raises InputError.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -398,6 +418,7 @@ def load_model(folder, *, device="cpu", precision="fp32", dropout=None):
         # outputs as the code below takes them, whatever the folder's config.json asks for
         config.return_dict = True
         config.output_attentions = config.output_hidden_states = False
+        # fp32 whatever the folder was saved in: speed_up decides what is rounded, and merging wants it whole
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
@@ -456,6 +477,7 @@ def read_csv(content):
     columns = pandas.read_csv(io.BytesIO(content), nrows=0, encoding="utf-8-sig").columns.tolist()
     if "text" not in columns:
         return columns, []
+    # as text: an article that reads "NA" or "007" is neither missing nor a number
     table = pandas.read_csv(
         io.BytesIO(content), usecols=["text"], dtype=str, keep_default_na=False, encoding="utf-8-sig"
     )
@@ -530,7 +552,7 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     path, _ = fetch("dataset", str(source), revision)
     texts = read_texts(path)
     sound = [text for text in texts if is_sound(text)]
-    unique = list(dict.fromkeys(sound))
+    unique = list(dict.fromkeys(sound))  # no set, whose order, and with it the split, is another each time
     rows = unique
     if drop_empty:
         rows = [x for x in unique if x.split(ANSWER_MARK)[1].replace(END_MARK, "").strip()]
@@ -538,7 +560,8 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     duplicate = len(sound) - len(unique)
     empty = len(unique) - len(rows)
 
-    if not 1 <= math.ceil(len(rows) * test_size) < len(rows):
+    test_rows = math.ceil(len(rows) * test_size)
+    if test_rows < 1 or test_rows >= len(rows):
         raise InputError(
             f"DATASET_NAME: {source} has too few rows to split at TEST_SIZE = {test_size}: "
             f"{len(rows):,} of {len(texts):,}; {malformed:,} are no text with one {ANSWER_MARK}, "
@@ -585,6 +608,7 @@ def encode(tokenizer, texts, max_length, end=False):
         if ids[:1] != bos:
             ids = bos + ids
             offsets = [(0, 0)] * len(bos) + offsets
+        # only in training: EOS teaches the model to stop, and is no part of held-out text
         if end and ids[-1:] != [tokenizer.eos_token_id]:
             ids = ids + [tokenizer.eos_token_id]
         ids, offsets = ids[:max_length], offsets[:max_length]
@@ -592,20 +616,24 @@ def encode(tokenizer, texts, max_length, end=False):
         # the answer's first token is the first that starts at or after the end of [/INST]
         mark = text.find(ANSWER_MARK)
         begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text)
-        starts = (i for i, (start, stop) in enumerate(offsets) if begin <= start < stop)
-        covered = max((stop for _, stop in offsets), default=0)
-        rows.append(Row(ids, next(starts, len(ids)), len(text[begin:covered].encode())))
+        in_answer = [i for i, (start, stop) in enumerate(offsets) if begin <= start < stop]
+        first = in_answer[0] if in_answer else len(ids)
+        end_of_ids = max((stop for _, stop in offsets), default=0)  # in characters
+        rows.append(Row(ids, first, len(text[begin:end_of_ids].encode())))
     return rows
 
 
 # --------------------------------------------------------------------------------------------------
 # Scoring
 
+NLL, TOKENS, ANSWER_NLL, ANSWER_TOKENS, ANSWER_BYTES = range(5)  # columns of what `score_rows` returns
+
 
 @contextlib.contextmanager
 def inference(model):
     """Within: the model in evaluation mode, without gradients; under autocast if it is in bf16."""
     was_training = model.training
+    # a model in fp32 stays in it: autocast would round what is to be measured
     rounded = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model.eval()
     try:
@@ -625,10 +653,12 @@ def label_nll(model, input_ids, labels, plain_head):
     labels = labels[:, 1:]
     live = labels != -100
     if plain_head:
-        hidden = model.base_model(input_ids, use_cache=False)[0][:, :-1]  # (rows, tokens - 1, d)
+        output = model.base_model(input_ids, use_cache=False)
+        hidden = output[0][:, :-1]  # (rows, tokens - 1, d): the last position predicts nothing
         weight = model.get_output_embeddings().weight
         nll = ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
     else:
+        # not model.forward, which LoRATrainer may have replaced by this function
         logits = type(model).forward(model, input_ids, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits[live].float(), labels[live], reduction="none")
     return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
@@ -661,6 +691,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     scores = []
     with inference(base), progress_bar(progress, len(mine), " rows") as bar:
         for batch in batches:
+            # rounded up, as each new shape costs a new kernel, but never beyond the model's context
             longest = max(len(rows[batch[0]].ids), 1)
             width = min(max_length, math.ceil(longest / SHAPE_STEP) * SHAPE_STEP)
             labels = pad_right([rows[i].ids for i in batch], width, base.device)
@@ -669,15 +700,16 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
             for i, nll in zip(batch, batch_nll, strict=True):
                 nll = nll[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
                 answer = nll[max(rows[i].first - 1, 0) :]
-                score = [nll.sum().item(), len(nll), answer.sum().item(), len(answer)]
-                scores.append((i, *score, rows[i].answer_bytes))
+                score = (nll.sum().item(), len(nll), answer.sum().item(), len(answer), rows[i].answer_bytes)
+                scores.append((i, score))
             bar.update(len(batch))
 
+    # checked after all have scored theirs, so that all processes end alike
     scores = sorted(gather_object(scores))
-    for i, nll, *_ in scores:  # not before, so that all processes end alike
-        if not math.isfinite(nll):
+    for i, score in scores:
+        if not math.isfinite(score[NLL]):
             raise InputError(f"the model's loss on row {i} is not finite: ...{texts[i][-50:]!r}")
-    return np.array(scores, dtype=np.float64).reshape(-1, 6)[:, 1:]
+    return np.array([score for _, score in scores], dtype=np.float64).reshape(-1, 5)
 
 
 def bootstrap_ci95(statistic, n):
@@ -685,6 +717,7 @@ def bootstrap_ci95(statistic, n):
 
     weights (1000, n) count how often each row was drawn; the statistic has one value for each line.
     """
+    # a fixed seed: the same scores give the same interval
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
     return np.percentile(statistic(weights), (2.5, 97.5)).tolist()
 
@@ -695,23 +728,24 @@ def summarize_scores(scores):
     What speaks of answers is None if there is none.
     """
     scores = np.asarray(scores)
-    nll, tokens, answer_nll, answer_tokens, answer_bytes = scores.T
-    with_answer = answer_tokens > 0
+    nll, tokens = scores[:, NLL], scores[:, TOKENS]
     # the reference's way: the mean of the rows' means, over the first hundred
-    first = scores[:100][tokens[:100] > 0]
+    hundred = scores[:100][tokens[:100] > 0]
     summary = {
         "full_text": math.exp(nll.sum() / tokens.sum()),
         "answer": None,
-        "seed_protocol": math.exp(np.mean(first[:, 0] / first[:, 1])),
+        "seed_protocol": math.exp(np.mean(hundred[:, NLL] / hundred[:, TOKENS])),
         "bits_per_byte": None,
         "tokens": int(tokens.sum()),
-        "answer_tokens": int(answer_tokens.sum()),
+        "answer_tokens": int(scores[:, ANSWER_TOKENS].sum()),
         "answer_ci95": None,
     }
-    if with_answer.any():
-        nll, tokens = answer_nll[with_answer], answer_tokens[with_answer]
+    answered = scores[scores[:, ANSWER_TOKENS] > 0]
+    if len(answered):
+        nll, tokens = answered[:, ANSWER_NLL], answered[:, ANSWER_TOKENS]
         summary["answer"] = math.exp(nll.sum() / tokens.sum())
-        summary["bits_per_byte"] = float(nll.sum() / math.log(2) / answer_bytes.sum())
+        summary["bits_per_byte"] = float(nll.sum() / math.log(2) / answered[:, ANSWER_BYTES].sum())
+        # a row's loss and its tokens are drawn together: a long row weighs more in both
         summary["answer_ci95"] = bootstrap_ci95(lambda weights: np.exp((weights @ nll) / (weights @ tokens)), len(nll))
     return summary
 
@@ -731,16 +765,18 @@ def paired_change(before, after):
     Each row is compared with itself, and the interval is over rows. None if no row has an answer.
     """
     before, after = np.asarray(before), np.asarray(after)
-    with_answer = before[:, 3] > 0
-    change = (after - before)[with_answer, 2] / before[with_answer, 3]
+    answered = before[:, ANSWER_TOKENS] > 0
+    # within a row its difficulty cancels out: this interval is far narrower than those of the two ends
+    change = (after - before)[answered, ANSWER_NLL] / before[answered, ANSWER_TOKENS]
     if not len(change):
         return None
-    return {
-        "rows": len(change),
-        "mean": float(change.mean()),
-        "ci95": bootstrap_ci95(lambda weights: (weights @ change) / len(change), len(change)),
-        "improved": float((change < 0).mean()),
-    }
+    return {"rows": len(change), **mean_with_ci95(change), "improved": float((change < 0).mean())}
+
+
+def mean_with_ci95(values):
+    """The mean of one value for each row, with its bootstrap interval over rows."""
+    interval = bootstrap_ci95(lambda weights: (weights @ values) / len(values), len(values))
+    return {"mean": float(np.mean(values)), "ci95": interval}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -752,30 +788,40 @@ GENERAL_TEXT = "tests/tiny_gpt2/everyday.jsonl"
 GENERAL_ARTICLES = 60
 
 
-def score_titles(model, tokenizer, texts, max_length, progress=None):
+def score_titles(model, tokenizer, texts, max_length, *, batch_size=8, progress=None):
     """The title test: the loss of articles under their own title and under three others.
 
     Each article is cut to 500 characters, without the words that begin like one of its title (so
     that nothing can be copied), and is scored after its own row's prompt and after those of the next
     three rows -> list of (own, other, other, other), NLL per token in nats. [] below four titles.
     """
+    titled = [text for text in texts if TITLE.search(text)][:TITLE_ROWS]
     prompts, articles = [], []
-    for text in [text for text in texts if TITLE.search(text)][:TITLE_ROWS]:
+    for text in titled:
         prompt, article = text.split(ANSWER_MARK)
+        # four letters, so that "diabetes" takes out "diabetic" as well; shorter words are mostly grammar
         stems = {word[:4].lower() for word in re.findall(r"\w{4,}", TITLE.search(text)[1])}
         words = re.findall(r"\w+|\W+", article.replace(END_MARK, "").strip()[:500])
-        kept_words = [word for word in words if word[:4].lower() not in stems]
+        without_title = "".join(word for word in words if word[:4].lower() not in stems)
         prompts.append(prompt + ANSWER_MARK)
-        articles.append(" ".join("".join(kept_words).split()))
+        articles.append(" ".join(without_title.split()))  # one space where words went
     n = len(articles)
     if n < 4:
         return []
+    # Article i under the titles of i, i + 1, i + 2, i + 3. The rows are shuffled, so neighbours are random; and each
+    # title is used equally often, so that none can tip the result.
     rows = [f"{prompts[(i + k) % n]} {articles[i]}" for i in range(n) for k in range(4)]
-    scores = score_rows(model, tokenizer, rows, max_length=max_length, progress=progress)
-    nll, tokens = scores[:, 2].reshape(n, 4), scores[:, 3].reshape(n, 4)
-    # a long title may have pushed a part of the article out of the row
-    whole = (tokens > 0).all(1) & (tokens == tokens[:, :1]).all(1)
-    return (nll[whole] / tokens[whole]).tolist()
+    scores = score_rows(model, tokenizer, rows, max_length=max_length, batch_size=batch_size, progress=progress)
+    nll, tokens = scores[:, ANSWER_NLL].reshape(n, 4), scores[:, ANSWER_TOKENS].reshape(n, 4)
+    # Only articles that all four rows hold to their end: a long title may have pushed a part out.
+    complete = (tokens > 0).all(1) & (tokens == tokens[:, :1]).all(1)
+    return (nll[complete] / tokens[complete]).tolist()
+
+
+def title_gains(losses):
+    """How much lower each article's loss is under its own title than under the others, on average (articles,)."""
+    own, others = np.array(losses)[:, :1], np.array(losses)[:, 1:]
+    return (others - own).mean(1)
 
 
 def summarize_titles(losses):
@@ -787,27 +833,35 @@ def summarize_titles(losses):
     if not losses:
         return None
     own, others = np.array(losses)[:, 0], np.array(losses)[:, 1:]
-    gains = others - own[:, None]  # (articles, 3)
-    of_articles = gains.mean(1)
+    gain = mean_with_ci95(title_gains(losses))
     return {
         "articles": len(own),
-        "gain": float(gains.mean()),
-        "gain_ci95": bootstrap_ci95(lambda weights: weights @ of_articles / len(own), len(own)),
-        "own_wins": float((gains > 0).mean()),
+        "gain": gain["mean"],
+        "gain_ci95": gain["ci95"],
+        "own_wins": float((others > own[:, None]).mean()),
         "own_loss": float(own.mean()),
         "other_loss": float(others.mean()),
     }
 
 
-def score_general_text(model, tokenizer, max_length, progress=None):
+def compare_titles(before, after):
+    """What `score_titles` found before and after, and the change of the gain, each article against itself."""
+    change = None
+    if before:
+        change = mean_with_ci95(title_gains(after) - title_gains(before))
+    return {"before": summarize_titles(before), "after": summarize_titles(after), "gain_change": change}
+
+
+def score_general_text(model, tokenizer, max_length, *, batch_size=8, progress=None):
     """Mean NLL per token of everyday articles without a prompt, in nats; None without tests/."""
     path = Path(__file__).resolve().parent / GENERAL_TEXT
     if not path.exists():
         return None
+    # the first ones, not random ones, so that every run scores the same text
     lines = path.read_text(encoding="utf-8").splitlines()[:GENERAL_ARTICLES]
     articles = [json.loads(line)["article"] for line in lines]
-    scores = score_rows(model, tokenizer, articles, max_length=max_length, progress=progress)
-    return float(scores[:, 0].sum() / scores[:, 1].sum())
+    scores = score_rows(model, tokenizer, articles, max_length=max_length, batch_size=batch_size, progress=progress)
+    return float(scores[:, NLL].sum() / scores[:, TOKENS].sum())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -816,6 +870,7 @@ def score_general_text(model, tokenizer, max_length, progress=None):
 
 def pad_left(tokenizer, texts, device):
     """Prompts of unequal length as one batch for `generate`: input_ids, attention_mask (rows, tokens)."""
+    # on the left: `generate` goes on from the last column, which must hold a real token
     rows = [row.ids for row in encode(tokenizer, texts, sys.maxsize)]
     width = max(len(ids) for ids in rows)
     input_ids = [[tokenizer.eos_token_id] * (width - len(ids)) + ids for ids in rows]
@@ -830,7 +885,8 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     """Ask all questions in one batch -> a list of (answer, whether it ended by itself).
 
     An answer is what follows the prompt, up to the first </s> or EOS. It is sampled from the 50
-    likeliest tokens at `temperature` (0: greedy), with `seed`; torch's own random state is kept.
+    likeliest tokens at `temperature` (0: greedy), with `seed`; torch's own random state is kept, so
+    that a question asked in validation doesn't change the training after it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     prompts = pad_left(tokenizer, [format_prompt(question) for question in questions], base.device)
@@ -847,26 +903,26 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     width = prompts["input_ids"].shape[1]
     bar = progress_bar(progress, max_new_tokens, " tokens")
 
-    def ended(input_ids, scores, **unused):
-        """Which answers now hold </s>, in their last tokens: in GPT-2's vocabulary it is no token of its own."""
+    def have_ended(input_ids, scores, **unused):
+        """Which answers now hold </s> in their last tokens: in GPT-2's vocabulary it is no token of its own."""
         bar.update()
         tails = tokenizer.batch_decode(input_ids[:, max(width, input_ids.shape[1] - 8) :])
         return torch.tensor([END_MARK in tail for tail in tails], device=input_ids.device)
 
     cuda_devices = [base.device] if base.device.type == "cuda" else []
     with inference(base), torch.random.fork_rng(cuda_devices), bar:
-        torch.manual_seed(seed)
-        output = base.generate(**prompts, generation_config=config, stopping_criteria=[ended])
+        torch.manual_seed(seed)  # the same draws before and after: what differs is the model
+        output = base.generate(**prompts, generation_config=config, stopping_criteria=[have_ended])
+    return [until_end(tokenizer, ids) for ids in output[:, width:].tolist()]
 
-    answers = []
-    for ids in output[:, width:].tolist():
-        stop = len(ids)
-        if tokenizer.eos_token_id in ids:
-            stop = ids.index(tokenizer.eos_token_id)
-        text = tokenizer.decode(ids[:stop])
-        ended = stop < len(ids) or END_MARK in text
-        answers.append((text.split(END_MARK)[0].strip(), ended))
-    return answers
+
+def until_end(tokenizer, ids):
+    """(text, True) of generated ids up to the first </s> or EOS; (text, False) if there is neither."""
+    eos = tokenizer.eos_token_id
+    if eos in ids:
+        return tokenizer.decode(ids[: ids.index(eos)]).split(END_MARK)[0].strip(), True
+    text = tokenizer.decode(ids)
+    return text.split(END_MARK)[0].strip(), END_MARK in text
 
 
 def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
@@ -902,23 +958,30 @@ def check_model(model, tokenizer):
     ids = pad_left(tokenizer, [PROMPT], model.device)["input_ids"][:, :16]
     changed = ids.clone()
     changed[0, -1] = (ids[0, -1] + 1) % len(tokenizer)
+
+    def is_close(one, other):
+        # rounding moves logits by little, another token or another prompt by their whole spread
+        return torch.allclose(one.float(), other.float(), atol=0.1 * one.float().std().item())
+
+    # another last token must not touch the logits before it
     with inference(model):
-        one, other = (model(input_ids=x).logits[0, :-1].float() for x in (ids, changed))
-    if not torch.allclose(one, other, atol=0.1 * one.std().item()):
+        one, other = model(input_ids=ids).logits[0, :-1], model(input_ids=changed).logits[0, :-1]
+    if not is_close(one, other):
         raise InputError(
             "MODEL_NAME: this model is not causal: its loss at a token depends on later tokens "
             "(a config.json with `is_decoder: false`?)"
         )
 
-    # the first new token's logits: of a short prompt alone, and padded beside a longer one
-    short, long = "What is gout?", PROMPT
-    first = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    def first_logits(texts):
+        """The logits of the first text's first new token."""
+        batch = pad_left(tokenizer, texts, model.device)
+        config = GenerationConfig(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        return model.generate(**batch, generation_config=config).logits[0][0]
+
+    # a short prompt alone, and padded beside a longer one
     with inference(model):
-        alone, beside = (
-            model.generate(**pad_left(tokenizer, texts, model.device), generation_config=first).logits[0][0].float()
-            for texts in ([short], [short, long])
-        )
-    if not torch.allclose(alone, beside, atol=0.1 * alone.std().item()):
+        alone, beside = first_logits(["What is gout?"]), first_logits(["What is gout?", PROMPT])
+    if not is_close(alone, beside):
         raise InputError(
             "MODEL_NAME: this model ignores the attention mask: questions of unequal length would "
             "be answered otherwise in a batch than alone"
@@ -946,14 +1009,12 @@ def speed_up(model, precision):
         return model
 
     head = model.get_output_embeddings()
-    plain = has_plain_head(model)
-    for module in model.modules():
-        if not isinstance(module, torch.nn.Linear | Conv1D):
-            continue
+    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    if not has_plain_head(model):
+        matrices = [module for module in matrices if module is not head]
+    for module in matrices:
         weight = module.weight
         if module is head:
-            if not plain:
-                continue
             weight = weight - weight.mean(0)  # the embeddings keep what they shared with the head
         module.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
     return model
@@ -982,7 +1043,7 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         n = len(labels)
-        spare = -n % SHAPE_STEP
+        spare = math.ceil(n / SHAPE_STEP) * SHAPE_STEP - n  # as n is another in every batch
         hidden = F.pad(hidden, (0, 0, 0, spare))
         labels = F.pad(labels, (0, spare))
         nll, gradients = [], []
@@ -990,7 +1051,8 @@ class ChunkedNLL(torch.autograd.Function):
             log_probs = (part @ weight.T).float().log_softmax(-1)  # (chunk, vocabulary)
             nll.append(F.nll_loss(log_probs, label, reduction="none"))
             if ctx.needs_input_grad[0]:
-                # the gradient of a position's logits: its probabilities, less 1 at the label
+                # the gradient of a position's logits: its probabilities, less 1 at the label;
+                # in place, as this is the largest tensor of all
                 probs = log_probs.exp_()
                 probs[torch.arange(len(label)), label] -= 1
                 gradients.append(probs.to(part.dtype) @ weight)
@@ -1003,10 +1065,18 @@ class ChunkedNLL(torch.autograd.Function):
         return gradient * grad_nll[:, None].to(gradient.dtype), None, None
 
 
-def choose_hardware():
-    """(device, precision, name) of this machine; on a CPU, threads and allocator are set, too.
+class Machine(NamedTuple):
+    """What the script runs on."""
 
-    `precision` is bf16 where the hardware multiplies matrices in it; where it only emulates that,
+    device: str  # "cuda", "mps" or "cpu"
+    precision: str  # "bf16", "fp16" or "fp32"
+    name: str
+
+
+def choose_hardware():
+    """This Machine; on a CPU, threads and allocator are set, too.
+
+    The precision is bf16 where the hardware multiplies matrices in it; where it only emulates that,
     fp32 is faster. Raises InputError where several GPUs meet a single process.
     """
     # A scheduler may set these and leave them empty, which none of the libraries expects.
@@ -1014,32 +1084,38 @@ def choose_hardware():
         if os.environ.get(name) == "":
             del os.environ[name]
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if count > processes == 1:
-            raise InputError(f"{count} GPUs: use torchrun --nproc_per_node={count}, or one with CUDA_VISIBLE_DEVICES=0")
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
-            raise InputError(f"more processes than GPUs: torchrun --nproc_per_node={count}")
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "cuda", "bf16" if bf16 else "fp16", torch.cuda.get_device_name()
+        gpus = torch.cuda.device_count()
+        if processes == 1 and gpus > 1:  # the Trainer would split each batch in a way that SFTTrainer refuses
+            raise InputError(f"{gpus} GPUs: use torchrun --nproc_per_node={gpus}, or one with CUDA_VISIBLE_DEVICES=0")
+        if local_processes > gpus:
+            raise InputError(f"more processes than GPUs: torchrun --nproc_per_node={gpus}")
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine("cuda", "bf16" if has_bf16 else "fp16", torch.cuda.get_device_name())
     if torch.backends.mps.is_available():
-        return "mps", "fp32", "Apple GPU"
+        return Machine("mps", "fp32", "Apple GPU")
 
+    tune_cpu(processes, local_processes)
+    cpu = torch.cpu.get_capabilities()
+    has_bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return Machine("cpu", "bf16" if has_bf16 else "fp32", cpu.get("cpu_name") or platform.machine())
+
+
+def tune_cpu(processes, local_processes):
+    """Set this process's allocator and threads."""
     # On Linux, half of a training step would be the mapping of fresh memory: let glibc keep what is
-    # freed. The numbers are M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of its malloc.h.
+    # freed, and take it in large pieces.
     if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, 2**31 - 1)
-        libc.mallopt(-2, 2**28)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 2**28)
     if processes > 1:  # torchrun allows each process one thread
         cores = psutil.cpu_count(logical=False) or os.cpu_count()
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(max(1, cores // local_processes))
-    cpu = torch.cpu.get_capabilities()
-    bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return "cpu", "bf16" if bf16 else "fp32", cpu.get("cpu_name") or platform.machine()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1073,10 +1149,11 @@ class Progress(TrainerCallback):
             control.should_save = False
 
     def on_log(self, args, state, control, logs, **kwargs):
+        # called twice at a step with validation: with the training loss, then with the validation loss
         names = {"loss": "training", "eval_loss": "validation"}
         self.losses |= {names[name]: value for name, value in logs.items() if name in names}
         if "loss" in logs and control.should_evaluate:
-            return  # the validation of this step follows, for the same line
+            return  # both go into one line
         rate = state.num_input_tokens_seen / self.seconds
         losses = "  ".join(f"{name} {loss:.3f}" for name, loss in self.losses.items())
         line = f"{losses}  {rate:,.0f} tokens/s"
@@ -1093,7 +1170,8 @@ class Progress(TrainerCallback):
         )
 
     def on_save(self, args, state, control, **kwargs):
-        # The Trainer's own rotation goes by time stamps, which a clock set back turns around.
+        # The Trainer's own rotation goes by time stamps, which a clock set back turns around. Two stay: the
+        # newest may be half-written when the run is killed.
         if args.should_save:
             for old in checkpoints(args.output_dir)[:-2]:
                 shutil.rmtree(old, ignore_errors=True)
@@ -1112,6 +1190,7 @@ class LoRATrainer(SFTTrainer):
         self.progress = Progress()
         self.validate = validate
         super().__init__(*args, callbacks=[self.progress], **kwargs)
+        # the Trainer's own would print dicts between the lines of Progress
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.base = self.model.get_base_model()
@@ -1125,10 +1204,11 @@ class LoRATrainer(SFTTrainer):
         if self.own_loss:
             nll = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
             # items are counted over all processes, and DDP averages their gradients
-            share = num_items_in_batch / self.accelerator.num_processes
-            loss = nll.sum() / max(share, 1)  # without an answer in the whole step there is none
+            tokens_per_process = num_items_in_batch / self.accelerator.num_processes
+            loss = nll.sum() / max(tokens_per_process, 1)  # 0 where no row of the step has an answer
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # before the optimizer's step, or a NaN would get into the adapter and its next checkpoint
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise InputError(
                 f"the training loss is not finite at step {self.state.global_step + 1}: lower "
@@ -1144,6 +1224,7 @@ class LoRATrainer(SFTTrainer):
         return metrics
 
     def log(self, logs, start_time=None):
+        # TRL adds entropy, accuracy and run times
         names = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
         logs = {name: logs[name] for name in names if name in logs}
         if logs:
@@ -1175,45 +1256,52 @@ def needs_checkpointing(model, rows, length):
 
     If so, they are computed again in the backward pass, which costs a third more time.
     """
+    # of a layer, roughly: 34 bytes for each hidden unit, 5 for each attention weight
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 0)
     bytes_per_token = config.num_hidden_layers * (34 * config.hidden_size + 5 * heads * length)
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info()
     else:
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return rows * length * bytes_per_token > 0.6 * free
 
 
-def add_adapter(model, lora):
+def add_adapter(model, lora, seed):
     """The model with a fresh LoRA adapter. Raises InputError where the settings don't fit it."""
+    transformers.set_seed(seed)  # LoRA's A is random: the same whether "before" was measured or read back
     what = f"LORA_TARGET_MODULES = {lora.target_modules!r}"
     try:
         model = get_peft_model(model, lora)
     except (ValueError, re.error) as error:
         raise InputError(f"{what}: {str(error).splitlines()[0]}") from error
+    # label_nll takes the head's weight as it is: an adapter there would be trained unseen
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if any(isinstance(module, BaseTunerLayer) for module in ends):
         raise InputError(f"{what}: not embeddings or the LM head")
     return model
 
 
-def fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, base_name):
-    """Train the adapter and save it, from the newest checkpoint on -> results["training"].
+def training_data(encoded, on_prompt):
+    """Rows as the Trainer takes them: input_ids, and labels, which are -100 where no loss is taken."""
+    labels = [row.ids for row in encoded]
+    if not on_prompt:
+        labels = [[-100] * row.first + row.ids[row.first :] for row in encoded]
+    return datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
 
+
+def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name):
+    """Train the adapter and save it, from the newest checkpoint on.
+
+    Returns "training", "hardware" and "versions", as results.json has them.
     `encoded` are the training rows, `held_out` the texts to validate on; `base_name` is what
     the saved adapter calls its base model.
     """
-    labels = [row.ids for row in encoded]
-    if not cfg.TRAIN_ON_PROMPT:
-        labels = [[-100] * row.first + row.ids[row.first :] for row in encoded]
-    data = datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
-
     # On a CPU one row at a time is as fast as several and needs no padding. The rows of a step, and
     # so its gradient, are the same.
     batch_size, accumulation = cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS
-    if device == "cpu":
-        batch_size, accumulation = 1, batch_size * accumulation
+    if machine.device == "cpu":
+        batch_size, accumulation = 1, cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
     config = SFTConfig(
         output_dir=str(run / "checkpoints"),
         seed=cfg.SEED,
@@ -1234,26 +1322,28 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, 
         save_steps=cfg.LOGGING_STEPS,  # elsewhere a resumed run would log a wrong mean
         report_to=cfg.REPORT_TO,
         run_name=run.name,
-        include_num_input_tokens_seen="non_padding",
-        use_cpu=device == "cpu",
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
+        include_num_input_tokens_seen="non_padding",  # tokens/s must not rise with padding
+        use_cpu=machine.device == "cpu",
+        bf16=machine.precision == "bf16",
+        fp16=machine.precision == "fp16",
         gradient_checkpointing=needs_checkpointing(model, batch_size, cfg.MAX_LENGTH),
         pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH),
-        dataloader_pin_memory=device == "cuda",
-        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=machine.device == "cuda",
+        ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
     )
 
     first_question = next(iter(cfg.QUESTIONS.values()))
 
     def validate(model):
-        scores = score_rows(model, tokenizer, held_out, max_length=cfg.MAX_LENGTH, progress="validation")
+        size = {"max_length": cfg.MAX_LENGTH, "batch_size": cfg.BATCH_SIZE}
+        scores = score_rows(model, tokenizer, held_out, **size, progress="validation")
         sample = on_first(
             lambda: ask(model, tokenizer, [first_question], max_new_tokens=30, temperature=0, seed=cfg.SEED)
         )
         say(f"  it now says: {' '.join(sample[0][0].split())} ...")
         return validation_losses(scores, cfg.TRAIN_ON_PROMPT)
 
+    data = training_data(encoded, cfg.TRAIN_ON_PROMPT)
     trainer = LoRATrainer(
         model=model,
         args=config,
@@ -1263,24 +1353,31 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, 
         validate=validate,
     )
     found = on_first(lambda: checkpoints(config.output_dir))
-    if found and precision != "fp16":  # it may come from a machine that needed one
+    if found and machine.precision != "fp16":  # it may come from a machine that needed one
         (found[-1] / "scaler.pt").unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
 
-    # The adapter names its base as the user does, not a folder in the Hub's cache.
     if trainer.args.should_save:
-        model.peft_config["default"].base_model_name_or_path = base_name
-        write_folder(
-            run / "adapter",
-            functools.partial(model.save_pretrained, save_embedding_layers=False),
-            tokenizer.save_pretrained,
-        )
-    trainable, total = model.get_nb_trainable_parameters()
+        save_adapter(model, tokenizer, run / "adapter", base_name)
+    return {"training": training_results(trainer)} | describe_machine(machine)
+
+
+def save_adapter(model, tokenizer, folder, base_name):
+    """Write the adapter and its tokenizer; it names its base as the user does, not a cache's folder."""
+    model.peft_config["default"].base_model_name_or_path = base_name
+    # without the embeddings, which PEFT would ask the Hub about and no adapter here changes
+    save_weights = functools.partial(model.save_pretrained, save_embedding_layers=False)
+    write_folder(folder, save_weights, tokenizer.save_pretrained)
+
+
+def training_results(trainer):
+    """results["training"] from a finished Trainer: real tokens, seconds of the optimizer steps, log history."""
+    trainable, total = trainer.model.get_nb_trainable_parameters()
     seconds, tokens = trainer.progress.seconds, trainer.state.num_input_tokens_seen
     names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
     history = [
         # fp16 may scale a gradient to infinity, which JSON does not know
-        {name: entry[name] for name in names if math.isfinite(entry.get(name, math.nan))}
+        {name: entry[name] for name in names if name in entry and math.isfinite(entry[name])}
         for entry in trainer.state.log_history
     ]
     return {
@@ -1320,13 +1417,25 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def describe_machine(machine):
+    """results["hardware"] and results["versions"], as they are when the training ends."""
+    hardware = machine._asdict() | {
+        "processes": PartialState().num_processes,
+        "threads": torch.get_num_threads(),
+        "peak_memory_gib": peak_memory(),
+    }
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"hardware": hardware, "versions": versions}
+
+
 # --------------------------------------------------------------------------------------------------
 # Results: plots, report, model card
 
 MEASURES = {
     "answer": "answers only",
     "full_text": "full text",
-    "seed_protocol": "reference protocol",
+    "seed_protocol": "reference protocol",  # the reference is this project's seed
     "bits_per_byte": "answers, bits per byte",
 }
 BEFORE_COLOR, AFTER_COLOR = "#999999", "#0072B2"
@@ -1372,13 +1481,12 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all t
 
     fig = Figure(figsize=(9, 5.4), layout="tight")
     ax = fig.subplots()
-    curves = (
-        (answers, "validation, answers only", AFTER_COLOR, "o-", 2.5),
+    curves = [
         (validation, f"validation, {loss_on}", "#D55E00", "o-", 1.2),
         (training, f"training, {loss_on}", "#999999", ".-", 1.2),
-    )
-    if loss_on != "all tokens":  # then the first two are the same
-        curves = curves[1:]
+    ]
+    if loss_on == "all tokens":  # else the answers' curve is the validation's
+        curves.insert(0, (answers, "validation, answers only", AFTER_COLOR, "o-", 2.5))
     for points, label, color, style, width in curves:
         if not points:
             continue
@@ -1447,13 +1555,14 @@ None of the text below is medical advice: language models state falsehoods fluen
 **Answer perplexity {{ before.answer | two }} ({{ before.answer_ci95 | interval }}) before,
 {{ after.answer | two }} ({{ after.answer_ci95 | interval }}) after**: how unsure {{ short_name(model) }} is of the next
 token of {{ data.test_rows | count }} held-out articles, as if it chose among so many equally likely ones. In brackets:
-95 % intervals. It fell in {{ (change.improved * change.rows) | count }} of {{ change.rows | count }} rows.
+95 % intervals. The loss fell in {{ (row_change.improved * row_change.rows) | count }} of \
+{{ row_change.rows | count }} articles.
 
 {% endif %}
-{% if fall > 0 %}
-Of the whole fall in loss, {{ (origin[0].fall / fall) | percent }} is on the prompts, which are nearly the same in
-every row{{ ": learned by heart" if settings.TRAIN_ON_PROMPT }}. The articles' own share is \
-{{ (origin[1].fall / fall) | percent }}.
+{% if fall_of.all.fall > 0 %}
+Of the whole fall in loss over all tokens, {{ (fall_of.prompts.fall / fall_of.all.fall) | percent }} is on the prompts,
+which the rows share{{ ", and which are learned by heart" if settings.TRAIN_ON_PROMPT }}. The articles' own share is \
+{{ (fall_of.answers.fall / fall_of.all.fall) | percent }}.
 {% else %}
 The loss over all tokens did not fall.
 {% endif %}
@@ -1483,33 +1592,35 @@ at most {{ settings.MAX_NEW_TOKENS }} tokens, asked in the format of the trainin
 | {{ answer.before_stats | ended }} → {{ answer.after_stats | ended }} |
 {% endfor %}
 
-{% if title.before %}
+{% if titles.held_out.before %}
 ## Medicine, or its tone?
 
-Does its own title help the model with an article? The first 500 characters of {{ title.before.articles | count }}
-held-out articles, and of some that were trained on, were scored under their own question and under those of three
-others; words that begin like one of the title's were taken out, so that they can't be copied.
+Does its own title help the model with an article? The first 500 characters of {{ titles.held_out.before.articles }}
+held-out articles, and of {{ titles.trained.before.articles if titles.trained.before else "no" }} that were trained on,
+were scored under their own question and under those of three others; words that begin like one of the title's were
+taken out, so that they can't be copied. The gain is how much lower the loss is under the own title.
 
-| | before | after |
-| --- | ---: | ---: |
+| articles | | before | after |
+| --- | --- | ---: | ---: |
 {% for name, test in titles | items if test.before %}
-| {{ name | replace("_", "-") }} articles: gain of the own title, nats per token | {{ test.before.gain | three }} \
-({{ test.before.gain_ci95 | map("three") | join(" to ") }}) | {{ test.after.gain | three }} \
-({{ test.after.gain_ci95 | map("three") | join(" to ") }}) |
-| {{ name | replace("_", "-") }} articles: the own title wins (chance: 50 %) | {{ test.before.own_wins | percent }} \
+| {{ name | replace("_", "-") }} | gain, nats per token | {{ test.before.gain | three }} \
+({{ test.before.gain_ci95 | three_to_three }}) | {{ test.after.gain | three }} \
+({{ test.after.gain_ci95 | three_to_three }}) |
+| | comparisons that the own title wins (chance: 50 %) | {{ test.before.own_wins | percent }} \
 | {{ test.after.own_wins | percent }} |
 {% endfor %}
 
-The loss of the held-out articles fell by {{ (title.before.own_loss - title.after.own_loss) | three }} nats per token
-under their own titles, and by {{ (title.before.other_loss - title.after.other_loss) | three }} under wrong ones: so
-much is language and tone. The difference, {{ (title.after.gain - title.before.gain) | three }}, is about the topic. A
-gain of trained articles alone is learned by heart.
-{% endif %}
+With fine-tuning the loss of the held-out articles fell by {{ own_fall | three }} nats per token under their own titles,
+and by {{ other_fall | three }} under wrong ones: so much is language and tone. The difference, \
+{{ gain_change.mean | three }} ({{ gain_change.ci95 | three_to_three }}), is about the topic\
+{{ ": not to be told from nothing" if gain_change.ci95[0] <= 0 <= gain_change.ci95[1] }}. A gain of trained articles
+alone is learned by heart.
 
+{% endif %}
 {% if general.before %}
 **General text**: on everyday articles without a prompt (plain English, on which the tiny model of the offline default
-was trained) the loss went from {{ general.before | three }} to {{ general.after | three }} nats per token, \
-{{ (general.before, general.after) | change }}. A rise means that the adapter costs general ability.
+was trained) the loss went from {{ general.before | three }} to {{ general.after | three }} nats per token. A rise means
+that the adapter costs general ability.
 
 {% endif %}
 ## Perplexity on the held-out rows
@@ -1517,18 +1628,19 @@ was trained) the loss went from {{ general.before | three }} to {{ general.after
 | | before | after | change |
 | --- | ---: | ---: | ---: |
 {% for name, label in measures | items %}
-| {{ label }} | {{ before[name] | two }} | {{ after[name] | two }} | {{ (before[name], after[name]) | change }} |
+| {{ label }} | {{ before[name] | two }} | {{ after[name] | two }} \
+| {{ (before[name], after[name]) | percent_change }} |
 {% endfor %}
 
-- **Answers only**: exp of the mean loss of the {{ before.answer_tokens | count }} tokens after `[/INST]`. The one to
-  look at.
+- **Answers only**: exp of the mean loss of the {{ before.answer_tokens | count }} tokens after `[/INST]`, the closing
+  `</s>` among them. The one to look at.
 - **Full text**: the same of all {{ before.tokens | count }} tokens, the prompts' too.
 - **Reference protocol**: exp of the mean of the rows' mean losses, over the first 100 rows at most.
 - **Bits per byte**: the answers' loss in bits, by bytes of text rather than tokens; comparable between tokenizers.
 
-{% if change %}
-Row by row, the answers' loss changed by {{ change.mean | two }} nats per token on average (95 % interval
-{{ change.ci95 | interval }}, a bootstrap over rows).
+{% if row_change %}
+With every article counted alike, the answers' loss changed by {{ row_change.mean | two }} nats per token (95 % interval
+{{ row_change.ci95 | interval }}, a bootstrap over rows).
 {% endif %}
 
 ![Perplexity before and after](perplexity_comparison.png)
@@ -1537,9 +1649,9 @@ Row by row, the answers' loss changed by {{ change.mean | two }} nats per token 
 
 | tokens | number | loss before | loss after | fall | share |
 | --- | ---: | ---: | ---: | ---: | ---: |
-{% for part in origin %}
-| {{ part.name }} | {{ part.tokens | count }} | {{ part.before | two }} | {{ part.after | two }} \
-| {{ part.fall | count }} | {{ (part.fall / fall) | percent if fall > 0 else "–" }} |
+{% for name, part in fall_of | items %}
+| {{ name }} | {{ part.tokens | count }} | {{ part.before | two }} | {{ part.after | two }} \
+| {{ part.fall | count }} | {{ (part.fall / fall_of.all.fall) | percent if fall_of.all.fall > 0 else "–" }} |
 {% endfor %}
 
 Losses in nats per token, the fall in nats over all tokens.
@@ -1568,7 +1680,8 @@ model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = {{ answers[0].prompt | pprint }}
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-output = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.7)
+output = model.generate(**inputs, max_new_tokens={{ settings.MAX_NEW_TOKENS }}, \
+{{ "do_sample=True, top_k=50, temperature=%s" % settings.TEMPERATURE if settings.TEMPERATURE else "do_sample=False" }})
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(answer.split("</s>")[0])
 ```
@@ -1586,24 +1699,24 @@ never show the model an end
 - **LoRA**: r {{ settings.LORA_R }}, alpha {{ settings.LORA_ALPHA }}, dropout {{ settings.LORA_DROPOUT }}, on \
 {{ settings.LORA_TARGET_MODULES or "PEFT's default modules" }}: \
 {{ training.trainable_parameters | count }} trainable of {{ training.total_parameters | count }} parameters
+- **Dropout of the base model** in training: \
+{{ "as its config says" if settings.BASE_DROPOUT is none else settings.BASE_DROPOUT }}
 - **Training**: {{ training.steps | count }} steps of {{ rows_per_step | count }} rows, learning rate \
 {{ settings.LEARNING_RATE }}, linear, warm-up {{ settings.WARMUP_RATIO | percent }}, gradient norm at most \
 {{ settings.MAX_GRAD_NORM or "any" }}, seed {{ settings.SEED }}, loss on {{ loss_on }}
 - **Speed**: {{ training.seconds | count }} s of optimizer steps for {{ training.tokens | count }} tokens, \
 {{ training.tokens_per_second | count }} a second
 {% if hardware.stage_seconds %}
-- **Time**: {{ hardware.stage_seconds.values() | sum | count }} s in all (of what was interrupted, the last part)\
+- **Time**: {{ hardware.stage_seconds.values() | sum | count }} s for all stages (each from its last start)\
 {% for stage, seconds in hardware.stage_seconds | items %}
 ; {{ stage }} {{ seconds | count }} s\
 {% endfor %}
 
-- **Memory**: at most {{ hardware.peak_memory_gib | two }} GiB
 {% endif %}
-- **Hardware**: {{ hardware.name }}, {{ hardware.device }}, {{ hardware.precision }}; {{ hardware.processes }} \
-process(es) of {{ hardware.threads }} threads
-- **Versions**: {% for name, version in versions | items %}{{ name }} {{ version }}{{ ", " if not loop.last }}\
-{% endfor %}
-
+- **Memory**: at most {{ hardware.peak_memory_gib | two }} GiB until the training's end
+- **Hardware** of the training: {{ hardware.name }}, {{ hardware.device }}, {{ hardware.precision }}; \
+{{ hardware.processes }} process(es) of {{ hardware.threads }} threads
+- **Versions**: {{ version_list }}
 """
 
 
@@ -1626,7 +1739,8 @@ FILTERS = {
     "count": lambda n: f"{n:,.0f}",
     "percent": percent,
     "interval": lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}",
-    "change": lambda pair: percent_change(*pair) if pair[0] else "–",
+    "three_to_three": lambda ends: f"{ends[0]:.3f} to {ends[1]:.3f}",
+    "percent_change": lambda pair: percent_change(*pair) if pair[0] else "–",
     "cell": as_cell,
     "repeated": repeated_pairs,
     "ended": lambda stats: "yes" if stats["finished"] else "no",
@@ -1636,25 +1750,23 @@ FILTERS = {
 def split_fall(before, after):
     """The fall in loss over all held-out tokens, split between prompts and answers.
 
-    Takes the perplexities before and after -> three dicts, of the prompts, the answers and all: name,
-    tokens, loss per token before and after, and the fall in nats.
+    Takes the perplexities before and after -> {"prompts", "answers", "all"}, each with its tokens, loss
+    per token before and after, and the fall in nats.
     """
-    parts = []
-    for name, measure, tokens in (("answers", "answer", "answer_tokens"), ("all", "full_text", "tokens")):
-        nll = [scores[tokens] * math.log(scores[measure] or 1) for scores in (before, after)]
-        parts.append((name, before[tokens], *nll))
-    answers, everything = parts
-    prompts = ("prompts", *(whole - part for whole, part in zip(everything[1:], answers[1:], strict=True)))
-    return [
-        {
-            "name": name,
-            "tokens": tokens,
-            "before": nll_before / max(tokens, 1),
-            "after": nll_after / max(tokens, 1),
-            "fall": nll_before - nll_after,
-        }
-        for name, tokens, nll_before, nll_after in (prompts, answers, everything)
-    ]
+    all_tokens, answer_tokens = before["tokens"], before["answer_tokens"]
+    # a perplexity is exp(NLL / tokens); (2,), before and after
+    nll = np.array([all_tokens * math.log(scores["full_text"]) for scores in (before, after)])
+    answer_nll = np.array([answer_tokens * math.log(scores["answer"] or 1) for scores in (before, after)])
+    parts = {
+        "prompts": (all_tokens - answer_tokens, nll - answer_nll),
+        "answers": (answer_tokens, answer_nll),
+        "all": (all_tokens, nll),
+    }
+    split = {}
+    for name, (tokens, (nll_before, nll_after)) in parts.items():
+        per_token = {"before": nll_before / max(tokens, 1), "after": nll_after / max(tokens, 1)}
+        split[name] = {"tokens": tokens, "fall": nll_before - nll_after, **per_token}
+    return split
 
 
 def render_report(results, adapter_folder):
@@ -1663,29 +1775,39 @@ def render_report(results, adapter_folder):
     losses = {}  # step -> the log entries of that step, as one
     for entry in results["training"]["log_history"]:
         losses.setdefault(entry["step"], {}).update(entry)
-    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
-    origin = split_fall(before, after)
     rows_per_step = settings["BATCH_SIZE"] * settings["GRADIENT_ACCUMULATION_STEPS"]
 
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters.update(FILTERS)
     environment.globals["short_name"] = short_name
+    perplexity = results["perplexity"]
     return environment.from_string(REPORT).render(
-        results,
-        before=before,
-        after=after,
-        change=results["perplexity"]["change"],
-        titles=results["perplexity"]["title"],
-        title=results["perplexity"]["title"]["held_out"],
-        general=results["perplexity"]["general"],
+        results,  # every key of results.json is a name in the template, as are these:
+        before=perplexity["before"],
+        after=perplexity["after"],
+        row_change=perplexity["change"],
+        fall_of=split_fall(perplexity["before"], perplexity["after"]),
+        titles=perplexity["title"],
+        **title_falls(perplexity["title"]["held_out"]),
+        general=perplexity["general"],
         measures=MEASURES,
-        origin=origin,
-        fall=origin[-1]["fall"],
         losses=losses,
         loss_on=loss_scope(settings),
         rows_per_step=rows_per_step * results["hardware"]["processes"],
+        version_list=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         adapter_folder=adapter_folder,
     )
+
+
+def title_falls(test):
+    """How much the loss of held-out articles fell: under their own title, under others, and the difference."""
+    if not test["before"]:
+        return {}
+    return {
+        "own_fall": test["before"]["own_loss"] - test["after"]["own_loss"],
+        "other_fall": test["before"]["other_loss"] - test["after"]["other_loss"],
+        "gain_change": test["gain_change"],
+    }
 
 
 def write_report(results, path):
@@ -1741,7 +1863,8 @@ def is_share(value):
 
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
-RULES = {  # what a value must be -> (a test of it, the constants)
+# What a value must be, as the error says it -> (a test of the value, the constants that must pass it).
+RULES = {
     "a name": (is_text, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
     "None, or a commit, tag or branch": (lambda x: x is None or is_text(x), "MODEL_REVISION DATASET_REVISION"),
     "True or False": (lambda x: isinstance(x, bool), "OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED"),
@@ -1783,7 +1906,7 @@ def check_settings(cfg):
     try:
         folder = Path(cfg.OUTPUT_DIR).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=folder).close()  # only writing tells: of quotas and read-only disks, too
     except OSError as error:
         raise InputError(f"OUTPUT_DIR = {cfg.OUTPUT_DIR!r}: no folder to write to ({error.strerror})") from error
 
@@ -1849,9 +1972,10 @@ def find_inputs(cfg):
     return here / cfg.MODEL_NAME, None, here / cfg.DATASET_NAME, None, True
 
 
+# Settings on which the adapter doesn't depend; nor does it on where model and data lie, but on what they are.
 ASKED = ("QUESTIONS", "MAX_NEW_TOKENS", "TEMPERATURE")
-NOT_TRAINED = (*ASKED, "OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK")
 LOCATIONS = ("MODEL_NAME", "MODEL_REVISION", "DATASET_NAME", "DATASET_REVISION")
+NOT_TRAINED = (*ASKED, *LOCATIONS, "OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OFFLINE_FALLBACK")
 
 
 def run_folder(cfg, model_path, commit, train, held_out):
@@ -1864,14 +1988,13 @@ def run_folder(cfg, model_path, commit, train, held_out):
     if model is None:
         files = [x for x in model_path.iterdir() if x.suffix in (".json", ".safetensors", ".txt", ".model")]
         model = {path.name: sha256(path) for path in sorted(files)}
-    trained = [name for name in SETTINGS if name not in (*NOT_TRAINED, *LOCATIONS)]
     identity = {
-        "settings": {name: getattr(cfg, name) for name in trained},
+        "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
         "prompt": PROMPT,
         "model": model,
         "train": train,
         "held_out": held_out,
-        "processes": PartialState().num_processes,
+        "processes": PartialState().num_processes,  # more of them, more rows in a step
     }
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(cfg.MODEL_NAME).name)
@@ -1910,6 +2033,8 @@ def lock_run(run):
 @contextlib.contextmanager
 def one_line_errors():
     """Around `main`: what a user can mend ends with one line on stderr and an exit code."""
+    # from the environment, as an error may come before the processes know each other
+    rank = os.environ.get("RANK") or "0"
     try:
         yield
         return
@@ -1923,16 +2048,18 @@ def one_line_errors():
         message = "interrupted: nobody reads the output any more; the same command goes on"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except torch.OutOfMemoryError:
+        rank = "0"  # to be said by whichever process it meets
         code = 2
         message = "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
     except Exception as error:
         # torch and safetensors don't pass a full disk's error number on
-        free = shutil.disk_usage(Path(OUTPUT_DIR).expanduser()).free
+        folder = Path(OUTPUT_DIR).expanduser()
+        free = shutil.disk_usage(folder).free if folder.exists() else math.inf
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and free > 2**20:
             raise
         code = 2
         message = f"error: no space left in {OUTPUT_DIR}/: free some, and the same command goes on"
-    if (os.environ.get("RANK") or "0") == "0":
+    if rank == "0":
         print(message, file=sys.stderr)
     raise SystemExit(code)
 
@@ -1941,8 +2068,8 @@ def one_line_errors():
 # The story
 
 
-def check_stages(run):
-    """Raise InputError where a trained run lacks what it can't be gone on with without."""
+def is_trained(run):
+    """Whether the training of a run is done. Raises InputError where something it left is gone."""
     training = run / "checkpoints" / "training.json"
     adapter = run / "adapter" / "adapter_model.safetensors"
     again = "move the run's folder away to train it again"
@@ -1950,8 +2077,7 @@ def check_stages(run):
         raise InputError(f"{run} is finished, but its checkpoints/ are gone: {again}")
     if training.exists() and not adapter.exists():
         raise InputError(f"{run} is trained, but its adapter/ is gone: {again}")
-    if training.exists():
-        say("trained already: what is asked or measured now goes without training")
+    return training.exists()
 
 
 def announce(cfg, model, encoded, held_out):
@@ -1962,63 +2088,53 @@ def announce(cfg, model, encoded, held_out):
         steps = math.ceil(cfg.NUM_EPOCHS * math.ceil(len(encoded) / rows_per_step))
     tokens = steps * rows_per_step * sum(len(row.ids) for row in encoded) / len(encoded)
     trainable, total = model.get_nb_trainable_parameters()
+    # the reference trained on a template and asked bare questions; whoever brings own data may not notice
+    if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
+        say("note: no held-out row begins as PROMPT does, so the questions have another form than the rows")
+    title_rows = 2 * 4 * TITLE_ROWS  # held-out and trained, each under four titles
     say(
         f"to come: {steps:,} steps of {rows_per_step:,} rows, about {tokens:,.0f} tokens, for {trainable:,} "
         f"of {total:,} parameters; before and after it {len(held_out):,} rows scored, up to "
-        f"{8 * TITLE_ROWS:,} for the title test, and {len(cfg.QUESTIONS)} questions asked"
+        f"{title_rows:,} for the title test, and {len(cfg.QUESTIONS)} questions asked"
     )
 
 
-def measure(model, tokenizer, cfg, train, held_out, machine, stages, when):
-    """All that is measured before and after alike, each kept in `stages` -> dict of results."""
-    size = cfg.MAX_LENGTH
+def measure(model, tokenizer, cfg, train, held_out, machine, run, when):
+    """All that is measured before and after alike, each kept in the run's folder -> dict of results."""
+    found = {}
+
+    def stage(name, job, **depends_on):
+        """Keep what job(label of its progress bar) finds."""
+        # an interrupted run may go on on another machine, where the figures would be others
+        depends_on |= {"device": machine.device, "precision": machine.precision}
+        path = run / "checkpoints" / f"{when}-{name}.json"
+        found[name] = kept(path, lambda: job(f"{when}: {name.replace('_', ' ')}"), depends_on)
+
+    size = {"max_length": cfg.MAX_LENGTH, "batch_size": cfg.BATCH_SIZE}
+    stage("scores", lambda label: score_rows(model, tokenizer, held_out, **size, progress=label).tolist())
+    perplexity = summarize_scores(found["scores"])["answer"] or math.nan
+    say(f"{when}: answer perplexity {perplexity:.2f} on {len(held_out):,} held-out rows")
+
     asked = {
         "questions": list(cfg.QUESTIONS.values()),
         "max_new_tokens": cfg.MAX_NEW_TOKENS,
         "temperature": cfg.TEMPERATURE,
         "seed": cfg.SEED,
     }
-    jobs = {
-        "scores": lambda bar: score_rows(model, tokenizer, held_out, max_length=size, progress=bar).tolist(),
-        "answers": lambda bar: on_first(lambda: ask(model, tokenizer, progress=bar, **asked)),
-        "held_out_titles": lambda bar: score_titles(model, tokenizer, held_out, size, progress=bar),
-        "trained_titles": lambda bar: score_titles(model, tokenizer, train, size, progress=bar),
-        "general_text": lambda bar: score_general_text(model, tokenizer, size, progress=bar),
-    }
-    found = {}
-    for name, job in jobs.items():
-        depends_on = dict(machine)  # an interrupted run may go on on another machine
-        if name == "answers":
-            depends_on |= asked
-        elif name != "scores":
-            depends_on |= {"articles": [TITLE_ROWS, GENERAL_ARTICLES]}
-        make = functools.partial(job, f"{when}: {name.replace('_', ' ')}")
-        found[name] = kept(stages / f"{when}-{name}.json", make, depends_on)
-    perplexity = summarize_scores(found["scores"])["answer"] or math.nan
-    say(f"{when}: answer perplexity {perplexity:.2f} on {len(held_out):,} held-out rows")
+    stage("answers", lambda label: on_first(lambda: ask(model, tokenizer, **asked, progress=label)), **asked)
+
+    limits = {"articles": [TITLE_ROWS, GENERAL_ARTICLES]}
+    stage("held_out_titles", lambda label: score_titles(model, tokenizer, held_out, **size, progress=label), **limits)
+    stage("trained_titles", lambda label: score_titles(model, tokenizer, train, **size, progress=label), **limits)
+    stage("general_text", lambda label: score_general_text(model, tokenizer, **size, progress=label), **limits)
     return found
 
 
-def describe_machine(name, device, precision):
-    """results["hardware"] and results["versions"], as they are when the training ends."""
-    hardware = {
-        "name": name,
-        "device": device,
-        "precision": precision,
-        "processes": PartialState().num_processes,
-        "threads": torch.get_num_threads(),
-        "peak_memory_gib": peak_memory(),
-    }
-    versions = {"python": platform.python_version()}
-    versions |= {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {"hardware": hardware, "versions": versions}
-
-
-def stage_seconds(stages):
+def stage_seconds(run):
     """Seconds before, in and after the training, of what `kept` has kept."""
     seconds = {"before": 0.0, "training": 0.0, "after": 0.0}
     for stage in seconds:
-        for path in stages.glob(f"{stage}*.json"):
+        for path in (run / "checkpoints").glob(f"{stage}*.json"):
             seconds[stage] += load_json(path)["seconds"]
     return seconds
 
@@ -2037,8 +2153,7 @@ def compare_scores(before, after):
         **{when: summarize_scores(found["scores"]) for when, found in ends.items()},
         "change": paired_change(before["scores"], after["scores"]),
         "title": {
-            name: {when: summarize_titles(found[f"{name}_titles"]) for when, found in ends.items()}
-            for name in ("held_out", "trained")
+            name: compare_titles(before[f"{name}_titles"], after[f"{name}_titles"]) for name in ("held_out", "trained")
         },
         "general": {when: found["general_text"] for when, found in ends.items()},
     }
@@ -2098,11 +2213,13 @@ def show_results(results, run):
         if before[name]:
             change = percent_change(before[name], after[name])
             say(f"{label:28}{before[name]:10.2f}{after[name]:10.2f}{change:>10}")
-    title = results["perplexity"]["title"]["held_out"]
-    if title["before"]:
-        fall = title["before"]["own_loss"] - title["after"]["own_loss"]
-        topic = title["after"]["gain"] - title["before"]["gain"]
-        say(f"\nof the articles' fall in loss, {fall:.3f} nats per token, {topic:.3f} is about their topic")
+    falls = title_falls(results["perplexity"]["title"]["held_out"])
+    if falls:
+        topic, (low, high) = falls["gain_change"]["mean"], falls["gain_change"]["ci95"]
+        say(
+            f"\nof the articles' fall in loss, {falls['own_fall']:.3f} nats per token, {topic:.3f} "
+            f"({low:.3f} to {high:.3f}) is about their topic, all else is language and tone"
+        )
     answer = results["answers"][0]
     say(f"\n{answer['question']}")
     for when in ("before", "after"):
@@ -2115,10 +2232,8 @@ def show_results(results, run):
 def add_ends(training, before, after, on_prompt):
     """results["training"] with its log history's two ends: the base model, and the saved adapter."""
     history = training["log_history"]
-    first = {"step": 0, "epoch": 0.0}
-    last = {"step": training["steps"], "epoch": history[-1]["epoch"]}
-    first |= validation_losses(before, on_prompt)
-    last |= validation_losses(after, on_prompt)
+    first = {"step": 0, "epoch": 0.0} | validation_losses(before, on_prompt)
+    last = {"step": training["steps"], "epoch": history[-1]["epoch"]} | validation_losses(after, on_prompt)
     return training | {"log_history": [first, *history, last]}
 
 
@@ -2128,11 +2243,11 @@ def main():
     # Settings and machine: all that can be checked before anything takes time.
     cfg = SimpleNamespace(**{name: globals()[name] for name in SETTINGS})
     check_settings(cfg)
-    device, precision, hardware = choose_hardware()
+    machine = choose_hardware()
     # joins the processes that torchrun started; one may download for hours while the others wait
-    processes = PartialState(cpu=device == "cpu", timeout=timedelta(hours=12)).num_processes
+    processes = PartialState(cpu=machine.device == "cpu", timeout=timedelta(hours=12)).num_processes
     hush()
-    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {hardware}, {device}, {precision}, {processes} process(es)")
+    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {', '.join(machine)}, {processes} process(es)")
 
     # Model and data: from here on they are on this disk, and the Hub is left alone.
     model_path, commit, data_path, data_commit, is_offline_default = find_inputs(cfg)
@@ -2151,10 +2266,9 @@ def main():
         return run
 
     # The model gets its LoRA adapter once; as long as the adapter is disabled it is the base model.
-    model = load_model(model_path, device=device, precision=precision, dropout=cfg.BASE_DROPOUT)
+    model = load_model(model_path, machine.device, machine.precision, dropout=cfg.BASE_DROPOUT)
     check_fit(cfg, model, tokenizer, encoded)
     check_model(model, tokenizer)
-    transformers.set_seed(cfg.SEED)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=cfg.LORA_R,
@@ -2164,39 +2278,35 @@ def main():
         fan_in_fan_out=model.config.model_type == "gpt2",  # its Conv1D keeps weights transposed
         revision=commit,
     )
-    model = add_adapter(model, lora)
-    locks = []  # the first process's, held until the end
+    model = add_adapter(model, lora, cfg.SEED)
+    locks = []  # the first process's, held until this list is gone
     on_first(lambda: locks.append(lock_run(run)))
-    on_first(lambda: check_stages(run))
-    stages = run / "checkpoints"
-    if not on_first((stages / "training.json").exists):
+    if on_first(lambda: is_trained(run)):
+        say("trained already: what is asked or measured now goes without training")
+    else:
         announce(cfg, model, encoded, held_out)
 
     # Before, fine-tuning, after: each is kept as soon as it is there, and not done twice.
-    inputs = (tokenizer, cfg, train, held_out, {"device": device, "precision": precision}, stages)
+    inputs = (tokenizer, cfg, train, held_out, machine, run)
     with model.disable_adapter():
         before = measure(model, *inputs, when="before")
     base_name = cfg.MODEL_NAME if commit else str(model_path.resolve())
-    training = kept(
-        stages / "training.json",
-        lambda: (
-            fine_tune(cfg, model, tokenizer, encoded, held_out, run, device, precision, base_name)
-            | describe_machine(hardware, device, precision)
-        ),
+    trained = kept(
+        run / "checkpoints" / "training.json",
+        lambda: fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name),
         depends_on={},
     )
 
     # "After" is the adapter as it was saved, on a model that no training has touched.
-    del model
+    del model  # two may not fit into memory
     gc.collect()
-    model = load_model(model_path, device=device, precision=precision)
+    model = load_model(model_path, machine.device, machine.precision)
     model = PeftModel.from_pretrained(model, str(run / "adapter"))
     after = measure(model, *inputs, when="after")
     if not PartialState().is_main_process:
         return run
 
-    # All figures in one place; plots, report and card are made of them. results.json is written last: with it the
-    # run is finished.
+    # All figures in one place; plots, report and card are made of them. With results.json the run is finished.
     results = {
         "model": cfg.MODEL_NAME,
         "model_revision": commit,
@@ -2204,20 +2314,19 @@ def main():
         "dataset_revision": data_commit,
         "offline_fallback": is_offline_default,
         "settings": vars(cfg),
-        "versions": training.pop("versions"),
-        "hardware": training.pop("hardware") | {"stage_seconds": stage_seconds(stages)},
+        "versions": trained["versions"],
+        "hardware": trained["hardware"] | {"stage_seconds": stage_seconds(run)},
         "data": counts,
         "perplexity": compare_scores(before, after),
-        "training": add_ends(training, before["scores"], after["scores"], cfg.TRAIN_ON_PROMPT),
+        "training": add_ends(trained["training"], before["scores"], after["scores"], cfg.TRAIN_ON_PROMPT),
         "answers": compare_answers(cfg, tokenizer, before["answers"], after["answers"]),
     }
-    (run / "results.json").unlink(missing_ok=True)  # that of other questions
+    (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
     write_products(results, run)
     if cfg.SAVE_MERGED and not (run / "merged").exists():
         save_merged(model_path, run / "adapter", tokenizer, run / "merged")
     write_json(run / "results.json", results)
     show_results(results, run)
-    locks[0].release()
     return run
 
 

@@ -1,10 +1,10 @@
 """What moves the answer perplexity, and what it costs elsewhere: one change at a time, same split, as many tokens.
 
-    python tests/ablation.py MODEL DATASET [--steps 60] [--only WORD] [--title-rows 100] [--output-dir ablation]
+    python tests/ablation.py MODEL DATASET [--steps 60] [--max-length 512] [--only WORD ...]
 
 MODEL and DATASET are what MODEL_NAME and DATASET_NAME take. Every variant is a run of the script; all adapters are
-scored on the same held-out rows (a twentieth), cut at 512 tokens, whatever they were trained at. Prints a Markdown
-table that grows line by line; killed, the same command goes on where it was.
+scored on the same held-out rows, cut at --max-length tokens, whatever they were trained at. Prints a Markdown table
+that grows line by line; killed, the same command goes on where it was.
 """
 
 import argparse
@@ -29,7 +29,7 @@ VARIANTS = {
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "r 32, alpha 32, learning rate 1e-3": {"LORA_R": 32, "LEARNING_RATE": 1e-3},
-    "1,024 tokens, half the rows a step, a third more steps": {"MAX_LENGTH": 1024, "BATCH_SIZE": 2},
+    "1,024 tokens, half the rows a step, a third more steps": {"MAX_LENGTH": 1024, "BATCH_SIZE": 2},  # beside 512
 }
 HEAD = (
     "",
@@ -37,6 +37,7 @@ HEAD = (
     "95 % interval",
     "full text",
     "title gain, held out",
+    "its change",
     "general text, nats",
     "trainable parameters",
     "tokens",
@@ -48,21 +49,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("dataset")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows of 512 tokens")
-    parser.add_argument("--only", default="", help="variants whose name holds this")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a row, in training and in scoring")
+    parser.add_argument("--test-size", type=float, default=0.05, help="share of the rows that is held out and scored")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="WORD", help="variants whose name holds one of these"
+    )
     parser.add_argument("--title-rows", type=int, default=script.TITLE_ROWS, help="articles in the title test")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()
     common = {"MODEL_NAME": args.model, "MODEL_REVISION": None, "DATASET_NAME": args.dataset, "MAX_STEPS": args.steps}
-    common |= {"EVAL_STEPS": args.steps, "OUTPUT_DIR": args.output_dir, "MAX_NEW_TOKENS": 1, "TEST_SIZE": 0.05}
+    common |= {"MAX_LENGTH": args.max_length, "EVAL_STEPS": args.steps, "TEST_SIZE": args.test_size}
+    common |= {"MAX_NEW_TOKENS": 1, "OUTPUT_DIR": args.output_dir}
     script.TITLE_ROWS = args.title_rows
     defaults = {name: getattr(script, name) for name in script.SETTINGS}
 
     score_rows, known = script.score_rows, {}
 
     def score_base_once(model, tokenizer, texts, **kwargs):
-        """`score_rows`, cut at 512 tokens; what the untouched model scores is the same in every run."""
-        kwargs["max_length"] = 512
+        """`score_rows`, cut alike for all variants; what the untouched model scores is the same in every run."""
+        kwargs["max_length"] = args.max_length
         layers = [module for module in model.modules() if isinstance(module, script.BaseTunerLayer)]
         if not layers[0].disable_adapters:
             return score_rows(model, tokenizer, texts, **kwargs)
@@ -74,7 +80,7 @@ def main():
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
     lines = 0
     for name, changes in VARIANTS.items():
-        if args.only not in name:
+        if not any(word in name for word in args.only):
             continue
         if "MAX_LENGTH" in changes:  # few articles fill it: more steps, for as many tokens
             changes = changes | {"MAX_STEPS": round(args.steps * 4 / 3)}
@@ -93,10 +99,13 @@ def table_line(name, results, when, cost):
     perplexity = results["perplexity"]
     scores, title = perplexity[when], perplexity["title"]["held_out"][when]
     low, high = scores["answer_ci95"]
-    gain = "–"
+    gain = change = "–"
     if title:
         gain = f"{title['gain']:.3f} ({title['gain_ci95'][0]:.3f} to {title['gain_ci95'][1]:.3f})"
-    figures = f"{scores['answer']:.2f} | {low:.2f} to {high:.2f} | {scores['full_text']:.2f} | {gain}"
+    if title and when == "after":
+        moved = perplexity["title"]["held_out"]["gain_change"]
+        change = f"{moved['mean']:+.3f} ({moved['ci95'][0]:+.3f} to {moved['ci95'][1]:+.3f})"
+    figures = f"{scores['answer']:.2f} | {low:.2f} to {high:.2f} | {scores['full_text']:.2f} | {gain} | {change}"
     return f"| {name} | {figures} | {perplexity['general'][when]:.3f} | {cost} |"
 
 
