@@ -793,14 +793,16 @@ def score_titles(model, tokenizer, texts, max_length, *, batch_size=8, progress=
 
     Each article is cut to 500 characters, without the words that begin like one of its title (so
     that nothing can be copied), and is scored after its own row's prompt and after those of the next
-    three rows -> list of (own, other, other, other), NLL per token in nats. [] below four titles.
+    three rows -> list of (own, other, other, other), NLL per token in nats. [] below four articles.
     """
-    titled = [text for text in texts if TITLE.search(text)][:TITLE_ROWS]
     prompts, articles = [], []
-    for text in titled:
+    for text in texts[:TITLE_ROWS]:
         prompt, article = text.split(ANSWER_MARK)
+        # where a question is worded otherwise than the set's own, nothing that the prompt says can be copied
+        title = TITLE.search(prompt)
+        topic = title[1] if title else prompt
         # four letters, so that "diabetes" takes out "diabetic" as well; shorter words are mostly grammar
-        stems = {word[:4].lower() for word in re.findall(r"\w{4,}", TITLE.search(text)[1])}
+        stems = {word[:4].lower() for word in re.findall(r"\w{4,}", topic)}
         words = re.findall(r"\w+|\W+", article.replace(END_MARK, "").strip()[:500])
         without_title = "".join(word for word in words if word[:4].lower() not in stems)
         prompts.append(prompt + ANSWER_MARK)
@@ -2091,10 +2093,10 @@ def announce(cfg, model, encoded, held_out):
     # the reference trained on a template and asked bare questions; whoever brings own data may not notice
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
         say("note: no held-out row begins as PROMPT does, so the questions have another form than the rows")
-    title_rows = 2 * 4 * TITLE_ROWS  # held-out and trained, each under four titles
+    title_rows = 4 * (min(len(held_out), TITLE_ROWS) + min(len(encoded), TITLE_ROWS))  # each under four titles
     say(
         f"to come: {steps:,} steps of {rows_per_step:,} rows, about {tokens:,.0f} tokens, for {trainable:,} "
-        f"of {total:,} parameters; before and after it {len(held_out):,} rows scored, up to "
+        f"of {total:,} parameters; before and after it {len(held_out):,} rows scored, "
         f"{title_rows:,} for the title test, and {len(cfg.QUESTIONS)} questions asked"
     )
 
