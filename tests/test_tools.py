@@ -1,30 +1,23 @@
-"""The programs beside the script: that their commands, as the README prints them, run."""
+"""The programs beside the script: that their commands, as tests/README.md prints them, run."""
 
 import functools
-import re
-import sys
 
+import ablation
 import benchmark
 import pytest
-import torch
+from conftest import TESTS, read
 from transformers import GPT2Config
 
-
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """Run a tool's main() with a command line in this process -> what it printed; threads and patches are put back."""
-    threads = torch.get_num_threads()
-
-    def run(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, arguments)])
-        tool.main()
-        return capsys.readouterr().out
-
-    yield run
-    torch.set_num_threads(threads)
+import finetune_medical_gpt2 as script
 
 
-MATMUL_RATES = functools.cache(benchmark.measure_matmul)
+@functools.cache
+def matmul_rates():
+    """Measured once for all tests."""
+    return real_matmul()
+
+
+real_matmul = benchmark.measure_matmul
 
 
 @pytest.fixture
@@ -33,21 +26,53 @@ def tiny_benchmark(monkeypatch):
     small = {"n_layer": 1, "n_embd": 48, "n_head": 4, "vocab_size": 500}
     monkeypatch.setattr(benchmark, "GPT2Config", functools.partial(GPT2Config, **small))
     monkeypatch.setattr(benchmark, "make_tokenizer", functools.partial(benchmark.make_tokenizer, 500))
-    monkeypatch.setattr(benchmark, "measure_matmul", MATMUL_RATES)
+    monkeypatch.setattr(benchmark, "measure_matmul", matmul_rates)
     monkeypatch.setattr(benchmark, "ANSWER_TOKENS", range(3, 25, 2))
 
-    def in_this_process(function, *args, checkout=None):
-        return getattr(benchmark, function)(*(min(x, 60) if type(x) is int else x for x in args))
+    def in_this_process(function, *arguments, checkout=None):
+        small_arguments = [min(x, 60) if type(x) is int else x for x in arguments]
+        return getattr(benchmark, function)(*small_arguments)
 
     monkeypatch.setattr(benchmark, "in_own_process", in_this_process)
 
 
+def tables(output):
+    """The lines of each Markdown table, without its head, as lists of cells."""
+    found, lines = [], output.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("|---"):
+            found.append([])
+        elif line.startswith("| ") and not lines[number + 1 : number + 2] == ["|---" * line.count(" |") + "|"]:
+            found[-1].append(line.strip("| ").split(" | "))
+    return found
+
+
 @pytest.mark.parametrize(
-    ("options", "tables"), [((), (3, 4)), (("--beside", "."), (4, 6)), (("--pieces",), (8,)), (("--rows",), (3,))]
+    "options, lengths", [((), [3, 4]), (("--beside", "."), [4, 6]), (("--pieces",), [8]), (("--rows",), [3])]
 )
-def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, tables):
+def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, lengths):
     output = run_tool(benchmark, "--steps", "1", *options)
-    found = [re.findall(r"^\| (?!training|scoring and|rows)(.+) \|$", x, re.M) for x in output.split("|---|\n")[1:]]
-    assert tuple(map(len, found)) == tables
+    found = tables(output)
+    assert [len(table) for table in found] == lengths
     if not options:
-        assert found[0][0].endswith("%") and " | 1.0 | " in found[0][0] and output.count(" hours") == tables[1] // 2
+        reference = found[0][0]
+        assert reference[2] == "1.0" and reference[-1].endswith("%")
+        assert output.count(" hours") == 2
+
+
+def test_a_measurement_is_made_in_a_process_of_its_own():
+    assert benchmark.in_own_process("make_texts", 2, 5) == benchmark.make_texts(2, seed=5)
+
+
+def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch):
+    for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
+        monkeypatch.setattr(script, name, getattr(script, name))
+    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--output-dir", tmp_path)
+    output = run_tool(ablation, TESTS / "tiny_gpt2", TESTS / "medical_terms.jsonl", *options)
+    (table,) = tables(output)
+    untouched, variant = table
+    assert [untouched[0], variant[0]] == ["untouched model", "learning rate 3e-3"]
+    assert float(variant[1]) < float(untouched[1])
+    (run,) = tmp_path.iterdir()
+    assert read(run)["training"]["steps"] == 2
+    assert variant[1] == f"{read(run)['perplexity']['after']['answer']:.2f}"
