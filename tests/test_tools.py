@@ -5,28 +5,25 @@ import functools
 import ablation
 import benchmark
 import pytest
-from conftest import TESTS, read
+from conftest import TINY, read
 from transformers import GPT2Config
 
 import finetune_medical_gpt2 as script
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def matmul_rates():
-    """Measured once for all tests."""
-    return real_matmul()
-
-
-real_matmul = benchmark.measure_matmul
+    """What the machine can do, measured once for all tests."""
+    return benchmark.measure_matmul(repeats=1)
 
 
 @pytest.fixture
-def tiny_benchmark(monkeypatch):
+def tiny_benchmark(monkeypatch, matmul_rates):
     """The benchmark with a small layer, few words, short rows and answers, its measurements in this process."""
     small = {"n_layer": 1, "n_embd": 48, "n_head": 4, "vocab_size": 500}
     monkeypatch.setattr(benchmark, "GPT2Config", functools.partial(GPT2Config, **small))
     monkeypatch.setattr(benchmark, "make_tokenizer", functools.partial(benchmark.make_tokenizer, 500))
-    monkeypatch.setattr(benchmark, "measure_matmul", matmul_rates)
+    monkeypatch.setattr(benchmark, "measure_matmul", lambda: matmul_rates)
     monkeypatch.setattr(benchmark, "ANSWER_TOKENS", range(3, 25, 2))
 
     def in_this_process(function, *arguments, checkout=None):
@@ -37,13 +34,12 @@ def tiny_benchmark(monkeypatch):
 
 
 def tables(output):
-    """The lines of each Markdown table, without its head, as lists of cells."""
-    found, lines = [], output.splitlines()
-    for number, line in enumerate(lines):
-        if line.startswith("|---"):
-            found.append([])
-        elif line.startswith("| ") and not lines[number + 1 : number + 2] == ["|---" * line.count(" |") + "|"]:
-            found[-1].append(line.strip("| ").split(" | "))
+    """The Markdown tables in a text, without their heads, as lists of lists of cells; trainers print in between."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    heads = [number - 1 for number, line in enumerate(lines) if line.startswith("|---")]
+    found = []
+    for head, next_head in zip(heads, [*heads[1:], len(lines)], strict=True):
+        found.append([line.strip("| ").split(" | ") for line in lines[head + 2 : next_head]])
     return found
 
 
@@ -64,15 +60,16 @@ def test_a_measurement_is_made_in_a_process_of_its_own():
     assert benchmark.in_own_process("make_texts", 2, 5) == benchmark.make_texts(2, seed=5)
 
 
-def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch):
+def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch, few_rows):
     for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
         monkeypatch.setattr(script, name, getattr(script, name))
-    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--output-dir", tmp_path)
-    output = run_tool(ablation, TESTS / "tiny_gpt2", TESTS / "medical_terms.jsonl", *options)
+    monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
+    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--output-dir", tmp_path / "out")
+    output = run_tool(ablation, TINY, few_rows, *options)
     (table,) = tables(output)
     untouched, variant = table
     assert [untouched[0], variant[0]] == ["untouched model", "learning rate 3e-3"]
     assert float(variant[1]) < float(untouched[1])
-    (run,) = tmp_path.iterdir()
+    (run,) = (tmp_path / "out").iterdir()
     assert read(run)["training"]["steps"] == 2
     assert variant[1] == f"{read(run)['perplexity']['after']['answer']:.2f}"
