@@ -32,7 +32,7 @@ class Child:
         self.error_path.touch()
         reader, writer = FORKS.Pipe(duplex=False)
         self.process = FORKS.Process(
-            target=in_child, args=(writer, self.error_path, variables or {}, function, arguments)
+            target=in_child, args=(writer, self.error_path, variables or {}, function, arguments), daemon=True
         )
         self.process.start()
         writer.close()

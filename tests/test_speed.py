@@ -112,8 +112,14 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(monk
     assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
-def test_several_gpus_and_one_process_are_an_error(monkeypatch):
+@pytest.mark.parametrize(
+    "processes, message",
+    [(1, "torchrun --nproc_per_node=2, or one with CUDA_VISIBLE_DEVICES=0"), (3, "more processes")],
+)
+def test_one_process_or_too_many_for_several_gpus_are_an_error(monkeypatch, processes, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES=0"):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(InputError, match=message):
         script.choose_hardware()

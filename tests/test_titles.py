@@ -7,7 +7,7 @@ import pytest
 from conftest import row
 
 import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import score_titles, summarize_titles
+from finetune_medical_gpt2 import compare_titles, score_titles, summarize_titles
 
 TITLES = ["Hyperthyroidism", "Gout", "Iron deficiency", "Non-Hodgkin lymphoma", "Botulism"]
 TEXTS = [row(title, f"{title} is number {i}. (Hyperactive hodgkin ironing.)") for i, title in enumerate(TITLES)]
@@ -61,6 +61,18 @@ def test_a_model_that_ignores_the_prompt_gains_nothing(monkeypatch):
     fake_scores(monkeypatch, lambda title, article: len(article))
     summary = summarize_titles(score_titles(None, None, TEXTS, 512))
     assert (summary["gain"], summary["gain_ci95"], summary["own_wins"]) == (0, [0, 0], 0)
+
+
+def test_the_change_of_the_gain_compares_each_article_with_itself():
+    before = [[2.0, 3.0, 3.0, 3.0], [2.0, 2.0, 2.0, 2.0]]  # gains 1 and 0
+    after = [[1.0, 3.0, 3.0, 3.0], [1.0, 1.0, 0.0, 2.0]]  # gains 2 and 0
+    compared = compare_titles(before, after)
+    assert compared["before"]["gain"] == pytest.approx(0.5)
+    assert compared["after"]["gain"] == pytest.approx(1.0)
+    assert compared["gain_change"]["mean"] == pytest.approx(0.5)
+    # of a thousand draws of two articles, a quarter each has one of them twice
+    assert compared["gain_change"]["ci95"] == pytest.approx([0.0, 1.0])
+    assert compare_titles([], []) == {"before": None, "after": None, "gain_change": None}
 
 
 def test_nothing_of_the_title_can_be_copied_from_it(monkeypatch):
