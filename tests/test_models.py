@@ -14,7 +14,7 @@ import finetune_medical_gpt2 as script
 from finetune_medical_gpt2 import evaluate_perplexity, generate_answers
 
 QUESTIONS = ["What is gout?", "How long does the flu last for most grown people in a cold winter, and why?"]
-GREEDY = {"max_new_tokens": 8, "temperature": 0, "seed": 0}
+GREEDY = {"max_new_tokens": 16, "temperature": 0, "seed": 0}
 
 
 def edited_folder(tmp_path, name, **changes):

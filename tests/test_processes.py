@@ -1,10 +1,5 @@
-"""Processes as users start and end them: killed, interrupted, read from, or several at once.
+"""Processes as users start and end them: killed, interrupted, read from, or several at once."""
 
-Importing torch and TRL takes most of a short process. So where the process itself isn't the point, it is forked from a
-server that has imported the script; all else about it is real.
-"""
-
-import multiprocessing
 import os
 import runpy
 import signal
@@ -13,46 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from child import Child
 from conftest import ONE_STEP, SHORT_RUN, TESTS, flat, read, set_constants, without_times
 from transformers import TrainerState
 
 import finetune_medical_gpt2 as script
 
 SCRIPT = TESTS.parent / "finetune_medical_gpt2.py"
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["finetune_medical_gpt2"])
 ONE_LINE = "interrupted: the same command goes on from the last checkpoint in outputs/\n"
-
-
-class Child:
-    """`function(*arguments)` in a process of its own; `stdout` can be read while it runs, `error()` after its end."""
-
-    def __init__(self, tmp_path, function, *arguments, variables=None):
-        self.error_path = tmp_path / f"stderr-{len(list(tmp_path.glob('stderr-*')))}"
-        self.error_path.touch()
-        reader, writer = FORKS.Pipe(duplex=False)
-        self.process = FORKS.Process(
-            target=in_child, args=(writer, self.error_path, variables or {}, function, arguments), daemon=True
-        )
-        self.process.start()
-        writer.close()
-        self.stdout = open(reader.fileno(), encoding="utf-8", closefd=False)
-        self.reader = reader  # which closes its end when it is collected
-
-    def exit_code(self):
-        self.process.join(timeout=240)
-        return self.process.exitcode
-
-    def error(self):
-        return self.error_path.read_text(encoding="utf-8")
-
-
-def in_child(writer, error_path, variables, function, arguments):
-    os.dup2(writer.fileno(), 1)
-    writer.close()
-    os.dup2(os.open(error_path, os.O_WRONLY), 2)
-    os.environ.update(variables)
-    function(*arguments)
 
 
 def run_main(constants):
@@ -90,23 +53,26 @@ def run_main_killed(constants, moment, written):
 MOMENTS = [
     ("before-scores", True),
     ("before-answers", True),
-    ("checkpoint-20", False),  # the state is a checkpoint's last file
+    ("checkpoint-10", False),  # the state is a checkpoint's last file
     ("training.json", True),
     ("after-scores", True),
     ("results.json", False),
 ]
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(short_run, tmp_path):
-    constants = {**SHORT_RUN, "OUTPUT_DIR": str(tmp_path / "out")}
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, few_rows):
+    changes = {**ONE_STEP, "MAX_STEPS": 12, "DATASET_NAME": str(few_rows)}
+    set_constants(monkeypatch, tmp_path / "undisturbed", **changes)
+    undisturbed = script.main()
+    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "killed")}
     for moment, written in MOMENTS:
         child = Child(tmp_path, run_main_killed, constants, moment, written)
         assert child.exit_code() == -signal.SIGKILL, (moment, child.error())
-    run = tmp_path / "out" / short_run.name
+    run = tmp_path / "killed" / undisturbed.name
     assert (run / "report.md").exists() and not (run / "results.json").exists()
     child = Child(tmp_path, run_main, {**constants, "score_rows": None, "fine_tune": None, "ask": None})
     assert child.exit_code() == 0, child.error()
-    assert without_times(read(run)) == without_times(read(short_run))
+    assert without_times(read(run)) == without_times(read(undisturbed))
     for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
         assert (run / name).exists()
 
@@ -159,7 +125,7 @@ script.main()
 def test_a_notebooks_backend_a_narrow_encoding_and_empty_variables_do_no_harm(tmp_path, few_rows):
     constants = {**SHORT_RUN, **ONE_STEP, "OUTPUT_DIR": str(tmp_path / "out"), "DATASET_NAME": str(few_rows)}
     environment = os.environ | {
-        "MPLBACKEND": "module://not_installed.backend_inline",
+        "MPLBACKEND": "not_installed",
         "PYTHONIOENCODING": "cp1252",
         "WORLD_SIZE": "",
         "RANK": "",
@@ -180,8 +146,14 @@ def fail_unexpectedly(*args):
     raise ZeroDivisionError(lambda: 0)  # which can't be sent to another process
 
 
-@pytest.mark.parametrize("failure, code, lines", [(fail, 2, ["error: not this one\n", ""]), (fail_unexpectedly, 1, [])])
-def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, code, lines):
+@pytest.mark.parametrize(
+    "failure, code, errors",
+    [
+        (fail, 2, ["error: not this one\n", ""]),
+        (fail_unexpectedly, 1, ["\nZeroDivisionError: ", "\nRuntimeError: on the first process: ZeroDivisionError("]),
+    ],
+)
+def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, code, errors):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     variables = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -191,12 +163,16 @@ def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, 
         own = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
         children.append(Child(tmp_path, run_main, constants, variables=own))
     assert [child.exit_code() for child in children] == [code, code]
-    if lines:
-        assert [child.error() for child in children] == lines
+    for child, error in zip(children, errors, strict=True):
+        if code == 2:
+            assert child.error() == error
+        else:
+            assert error in child.error()
 
 
-def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch):
-    changes = {"MAX_STEPS": 6, "LORA_DROPOUT": 0.0}  # whose random draws differ between processes
+def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch, few_rows):
+    changes = {"MAX_STEPS": 6, "DATASET_NAME": str(few_rows), "TEST_SIZE": 0.4, "TITLE_ROWS": 4}
+    changes["LORA_DROPOUT"] = 0.0  # its random draws differ between processes
     set_constants(monkeypatch, tmp_path / "one", **changes)
     one = read(script.main())
     program = tmp_path / "program.py"

@@ -27,8 +27,8 @@ def test_uniform_logits_give_the_vocabulary_size(rows):
     assert scores["answer_ci95"] == pytest.approx([model.config.vocab_size] * 2, rel=1e-5)
 
 
-# In bfloat16, numbers near -90 are half a unit apart: without centring the head the last case is far off.
-@pytest.mark.parametrize("precision, offset, tolerance", [("fp32", 0, 1e-5), ("bf16", 0, 5e-3), ("bf16", -90, 5e-3)])
+# In bfloat16, numbers near -90 are half a unit apart: without centring the head the last case is off by more.
+@pytest.mark.parametrize("precision, offset, tolerance", [("fp32", 0, 1e-5), ("bf16", 0, 1e-3), ("bf16", -90, 1e-3)])
 def test_known_logits_give_the_perplexity_computed_by_hand(tiny, precision, offset, tolerance):
     torch.manual_seed(0)
     log_probs = torch.randn(len(tiny[1])).mul(2).log_softmax(0)

@@ -31,12 +31,14 @@ def test_only_the_matrices_are_rounded_and_the_embeddings_stay_as_they_are(tiny)
             assert torch.equal(rounded[name], value)
 
 
-def test_the_rounded_head_gives_the_same_probabilities(tiny):
+def test_the_rounded_head_is_centred_and_gives_the_same_probabilities(tiny):
+    exact, rounded = tiny[0].lm_head.weight, load_bf16().lm_head.weight.float()
+    assert exact.mean(0).abs().max() > 0.1
+    assert rounded.mean(0).abs().max() < 1e-3
     torch.manual_seed(0)
     hidden = torch.randn(5, 256)
-    exact = (hidden @ tiny[0].lm_head.weight.T).log_softmax(-1)
-    rounded = (hidden @ load_bf16().lm_head.weight.float().T).log_softmax(-1)
-    assert torch.allclose(rounded, exact, atol=0.05)
+    log_probs = (hidden @ rounded.T).log_softmax(-1)
+    assert torch.allclose(log_probs, (hidden @ exact.T).log_softmax(-1), atol=0.05)
 
 
 def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
