@@ -49,6 +49,14 @@ def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, f
     assert without_times(read(without_samples)) == without_times(read(with_samples))
 
 
+class StopHere(Exception):
+    """Ends a main() that has got as far as the test needs it."""
+
+
+def stop_here(*args, **kwargs):
+    raise StopHere
+
+
 @pytest.mark.parametrize("prompt, said", [(script.PROMPT, False), ("[INST] {question} [/INST]", True)])
 def test_rows_of_another_form_than_the_questions_are_noted(tmp_path, monkeypatch, capsys, prompt, said):
     questions = [f"What is illness {i}?" for i in range(12)]
@@ -60,14 +68,6 @@ def test_rows_of_another_form_than_the_questions_are_noted(tmp_path, monkeypatch
     with pytest.raises(StopHere):
         script.main()
     assert ("note: no held-out row begins as PROMPT does" in capsys.readouterr().out) == said
-
-
-class StopHere(Exception):
-    """Ends a main() that has got as far as the test needs it."""
-
-
-def stop_here(*args, **kwargs):
-    raise StopHere
 
 
 def dates(folder):
