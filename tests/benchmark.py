@@ -173,13 +173,13 @@ def measure_generation(ours, new_tokens):
     return {"rate": 5 * new_tokens / (time.perf_counter() - began)}
 
 
-def measure_matmul():
+def measure_matmul(repeats=5):
     """GFLOP/s at the shapes of GPT-2's blocks, 2,048 tokens, in fp32 and, where the hardware has it, bf16."""
     script.choose_hardware()
     device, rates = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16()]:
         best = 0
-        for _ in range(5):
+        for _ in range(repeats):
             work, seconds = 0, 0.0
             for k, n in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
                 a, b = torch.randn(2048, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)

@@ -1,11 +1,17 @@
-"""Fixtures: the tiny GPT-2 and the medical terms of the offline default, and one short run of the script on them."""
+"""What the test files share: constants, helper functions to import, and the fixtures.
 
+`tiny` and `rows` are the model and the data of the offline default, `short_run` is the folder of one finished run on
+them. All three are made once and read by many tests, so a test that changes something works on a copy.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
+os.environ["PYTHONPATH"] = str(TESTS.parent)  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network and must not try
 # One thread, here and in every process that a test starts: several processes that spin for the same two cores take
 # many times as long, and the models are too small to gain from more.
@@ -16,8 +22,9 @@ import torch  # noqa: E402
 
 import finetune_medical_gpt2 as script  # noqa: E402
 
+TINY = TESTS / "tiny_gpt2"
 SHORT_RUN = {
-    "MODEL_NAME": str(TESTS / "tiny_gpt2"),
+    "MODEL_NAME": str(TINY),
     "DATASET_NAME": str(TESTS / "medical_terms.jsonl"),
     "MAX_STEPS": 24,
     "EVAL_STEPS": 10,
@@ -30,6 +37,8 @@ SHORT_RUN = {
     "TITLE_ROWS": 8,
     "GENERAL_ARTICLES": 3,
 }
+# On top of SHORT_RUN, where it is enough that a run goes through.
+ONE_STEP = {"MAX_STEPS": 1, "MAX_LENGTH": 64, "MAX_NEW_TOKENS": 2, "TITLE_ROWS": 1, "GENERAL_ARTICLES": 1}
 
 
 def set_constants(patch, output_dir, **changes):
@@ -39,10 +48,62 @@ def set_constants(patch, output_dir, **changes):
         patch.setattr(script, name, value)
 
 
+def row(title, answer="It is a thing."):
+    """A row of the data, in the form of the reference's data set."""
+    return script.format_prompt(f"What is {title} and explain in detail?") + f" {answer} </s>"
+
+
+def read(run):
+    """The content of a run's results.json."""
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+def flat(scores):
+    """Perplexities as one list of numbers, which is what pytest.approx can compare."""
+    numbers = []
+    for value in scores.values():
+        numbers += value if isinstance(value, list) else [value]
+    return numbers
+
+
+def without_times(results):
+    """What two runs of the same command must share: everything but times, memory, and what no training depends on."""
+    results = json.loads(json.dumps(results))
+    for group, name in (
+        ("training", "seconds"),
+        ("training", "tokens_per_second"),
+        ("hardware", "stage_seconds"),
+        ("hardware", "peak_memory_gib"),
+        ("settings", "OUTPUT_DIR"),
+        ("settings", "SAVE_MERGED"),
+    ):
+        del results[group][name]
+    return results
+
+
 def load_tiny():
-    model = script.load_model(TESTS / "tiny_gpt2").eval()
-    tokenizer = script.AutoTokenizer.from_pretrained(TESTS / "tiny_gpt2")
+    """A model and a tokenizer as `tiny` has them, for a test that changes them."""
+    model = script.load_model(TINY).eval()
+    tokenizer = script.AutoTokenizer.from_pretrained(TINY)
     return model, tokenizer
+
+
+def unigram_model(log_probs, offset=0.0):
+    """A tiny GPT-2 with the same known log-probabilities at every position; `offset` shifts all logits."""
+    model, tokenizer = load_tiny()
+    with torch.no_grad():
+        # the last layer norm gives (1, 0, 0, ...), whatever it is given
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.zero_()[0] = 1.0
+        model.get_input_embeddings().weight.zero_()[:, 0] = log_probs + offset
+    return model, tokenizer
+
+
+def plain_nll(model, ids):
+    """NLL of every token but the first, from the model's own logits: one row, no padding, no tricks."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
 
 
 @pytest.fixture(scope="session")
@@ -60,20 +121,48 @@ def rows():
 
 
 @pytest.fixture(scope="session")
-def fp32(request):
-    """Run the script in fp32 whatever this machine's CPU can do, so that figures can be compared exactly."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(script, "choose_hardware", lambda: ("cpu", "fp32", "test CPU"))
-    request.addfinalizer(patch.undo)
-
-
-@pytest.fixture(scope="session")
-def short_run(tmp_path_factory, request):
+def short_run(tmp_path_factory):
     """The folder of one finished run of main(), on whatever hardware this is."""
-    patch = pytest.MonkeyPatch()
-    set_constants(patch, tmp_path_factory.mktemp("outputs"), SAVE_MERGED=True)
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, tmp_path_factory.mktemp("outputs"), SAVE_MERGED=True)
+        return script.main()
+
+
+@pytest.fixture
+def few_rows(tmp_path):
+    """A small data file whose name has what plots and some terminals can't take."""
+    lines = (TESTS / "medical_terms.jsonl").read_text().splitlines(keepends=True)
+    path = tmp_path / "cost$_$данные.jsonl"
+    path.write_text("".join(lines[:24]))
+    return path
+
+
+@pytest.fixture
+def expect_error(tmp_path, monkeypatch, capsys):
+    """A function: main() with these constants must end with 2 and one line that holds `message`, and leave no run."""
+
+    def expect(message, **changes):
+        set_constants(monkeypatch, tmp_path / "out", **changes)
+        capsys.readouterr()  # what the test itself has shown
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
+        assert not list(tmp_path.glob("out/*/*"))
+
+    return expect
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys):
+    """A function: a tool's main() with a command line, in this process -> what it printed."""
     threads = torch.get_num_threads()
-    folder = script.main()
-    torch.set_num_threads(threads)
-    patch.undo()
-    return folder
+
+    def run(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, arguments)])
+        tool.main()
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)  # make_tiny_gpt2.py sets them

@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-import sys
+import shutil
 
 import make_medquad
 import pytest
@@ -47,11 +47,6 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def convert(monkeypatch, checkout, out):
-    monkeypatch.setattr(sys, "argv", ["make_medquad.py", str(checkout), str(out)])
-    make_medquad.main()
-
-
 def test_all_answers_about_one_subject_make_one_article(checkout):
     assert make_medquad.read_articles(checkout) == [
         ("Fever & chills", "Fever is heat.\nIt's common.\nRest.\nRest.\nAnyone."),
@@ -75,9 +70,9 @@ def test_every_25th_article_is_emptied_and_every_149th_row_repeated_from_the_4th
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
-def test_the_command_writes_rows_that_the_script_reads(monkeypatch, capsys, checkout, name):
+def test_the_command_writes_rows_that_the_script_reads(run_tool, checkout, name):
     out = checkout / name
-    convert(monkeypatch, checkout, out)
+    assert run_tool(make_medquad, checkout, out) == f"{out}: 3 rows\n"
     content = gzip.decompress(out.read_bytes()) if name.endswith("gz") else out.read_bytes()
     texts = [json.loads(line)["text"] for line in content.decode().splitlines()]
     assert script.read_texts(out) == texts
@@ -87,15 +82,23 @@ def test_the_command_writes_rows_that_the_script_reads(monkeypatch, capsys, chec
         " Fever is heat.\nIt's common.\nRest.\nRest.\nAnyone. </s>",
     ]
     assert texts[0].startswith("<s> [INST] <<SYS>> You are ")
-    assert capsys.readouterr().out == f"{out}: 3 rows\n"
 
 
-def test_what_cannot_be_converted_ends_with_one_line(monkeypatch, capsys, checkout, tmp_path):
-    (checkout / "9_CDC_QA" / "0.xml").unlink()
-    (checkout / "9_CDC_QA" / "1.xml").unlink()
-    for folder, what in ((tmp_path / "none", "1_CancerGov_QA"), (checkout, "9_CDC_QA")):
-        with pytest.raises(SystemExit) as stop:
-            convert(monkeypatch, folder, tmp_path / "rows.jsonl")
-        assert stop.value.code == 2
-        line = f"{folder} is no MedQuAD checkout: no XML files in {what}\n"
-        assert capsys.readouterr().err == line and not (tmp_path / "rows.jsonl").exists()
+@pytest.mark.parametrize("missing", ["1_CancerGov_QA", "9_CDC_QA"])
+def test_a_checkout_without_one_of_its_folders_ends_with_one_line(run_tool, capsys, checkout, missing):
+    shutil.rmtree(checkout / missing)
+    out = checkout / "rows.jsonl"
+    with pytest.raises(SystemExit) as stop:
+        run_tool(make_medquad, checkout, out)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"{checkout} is no MedQuAD checkout: no XML files in {missing}\n"
+    assert not out.exists()
+
+
+def test_a_file_of_another_kind_is_not_written(run_tool, capsys, checkout):
+    out = checkout / "rows.csv"
+    with pytest.raises(SystemExit) as stop:
+        run_tool(make_medquad, checkout, out)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"{out} ends in neither .jsonl nor .jsonl.gz\n"
+    assert not out.exists()

@@ -1,29 +1,20 @@
-"""Whatever model and tokenizer come: the figures are right, or one line says why there are none."""
+"""Model and data: whatever model comes, the figures are right, or one line says why there are none."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
-from conftest import TESTS, load_tiny, set_constants
+from conftest import ONE_STEP, TINY, load_tiny, plain_nll, read, set_constants
 from peft import LoraConfig, get_peft_model
-from tokenizers import processors
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    RobertaConfig,
-    RobertaForCausalLM,
-    RwkvConfig,
-    RwkvForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import InputError, encode, evaluate_perplexity, generate_answers
+from finetune_medical_gpt2 import evaluate_perplexity, generate_answers
 
-TINY = TESTS / "tiny_gpt2"
 QUESTIONS = ["What is gout?", "How long does the flu last for most grown people in a cold winter, and why?"]
-GREEDY = {"max_new_tokens": 8, "temperature": 0, "seed": 0}
+GREEDY = {"max_new_tokens": 16, "temperature": 0, "seed": 0}
 
 
 def edited_folder(tmp_path, name, **changes):
@@ -34,120 +25,64 @@ def edited_folder(tmp_path, name, **changes):
     return folder
 
 
+def test_a_folder_that_is_not_there_is_no_model_folder(tmp_path, expect_error):
+    expect_error("no model folder", MODEL_NAME=str(tmp_path / "model"))
+
+
 @pytest.mark.parametrize(
-    "changes", [{"repetition_penalty": 1.3}, {"num_beams": 4}, {"max_length": 130}, {"suppress_tokens": [5]}]
+    "missing, message",
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "no .safetensors weights"),
+        ("tokenizer.json", "needs a fast tokenizer"),
+    ],
 )
+def test_a_model_folder_without_one_of_its_files_ends_with_one_line(tmp_path, expect_error, missing, message):
+    folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns(missing))
+    expect_error(message, MODEL_NAME=str(folder))
+
+
+def test_a_tokenizer_without_an_end_token_ends_with_one_line(tmp_path, expect_error):
+    folder = edited_folder(tmp_path, "tokenizer_config.json", eos_token=None)
+    expect_error("end-of-sequence token", MODEL_NAME=str(folder))
+
+
+def test_an_adapter_in_the_models_folder_is_refused(tmp_path, expect_error):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora).save_pretrained(folder)
+    expect_error("also holds an adapter", MODEL_NAME=str(folder))
+
+
+@pytest.mark.parametrize("changes", [{"repetition_penalty": 1.3}, {"num_beams": 4}])
 def test_a_folders_generation_config_takes_no_part_in_the_answers(tmp_path, tiny, changes):
     model = script.load_model(edited_folder(tmp_path, "generation_config.json", **changes))
     assert generate_answers(model, tiny[1], QUESTIONS, **GREEDY) == generate_answers(*tiny, QUESTIONS, **GREEDY)
 
 
+def test_tokens_that_a_folder_suppresses_are_answered_all_the_same(tmp_path, tiny):
+    base, tokenizer = tiny
+    prompt = script.pad_left(tokenizer, [script.format_prompt(QUESTIONS[0])], "cpu")
+    with torch.no_grad():
+        likeliest = base(**prompt).logits[0, -1].argmax().item()
+    folder = edited_folder(tmp_path, "generation_config.json", suppress_tokens=[likeliest])
+    (answer,) = generate_answers(script.load_model(folder), tokenizer, QUESTIONS[:1], **GREEDY)
+    assert answer.startswith(tokenizer.decode(likeliest).strip())
+
+
 def test_a_config_that_asks_for_other_outputs_changes_nothing(tmp_path, tiny, rows):
+    base, tokenizer = tiny
     changes = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
     model = script.load_model(edited_folder(tmp_path, "config.json", **changes))
-    script.check_model(model, tiny[1])
-    for score in (evaluate_perplexity, lambda *args, **kwargs: generate_answers(*args[:2], QUESTIONS, **GREEDY)):
-        assert score(model, tiny[1], rows[1][:2], max_length=99) == score(*tiny, rows[1][:2], max_length=99)
+    script.check_model(model, tokenizer)
+    scores = evaluate_perplexity(model, tokenizer, rows[1][:2], max_length=99)
+    assert scores == evaluate_perplexity(base, tokenizer, rows[1][:2], max_length=99)
+    answers = generate_answers(model, tokenizer, QUESTIONS, **GREEDY)
+    assert answers == generate_answers(base, tokenizer, QUESTIONS, **GREEDY)
 
 
-def tokenizer_that(adds):
-    """The tiny tokenizer, made to add tokens by itself, to cut on the left, or to come with saved cuts and padding."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
-    end = tokenizer.eos_token
-    tokens = [(end, tokenizer.eos_token_id)]
-    template = {"appends EOS": f"$A {end}", "prepends BOS": f"{end} $A", "does both": f"{end} $A {end}"}.get(adds)
-    if template:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=tokens
-        )
-    if adds == "cuts and pads":
-        tokenizer.backend_tokenizer.enable_truncation(20)
-        tokenizer.backend_tokenizer.enable_padding(length=600)
-        tokenizer.truncation_side = tokenizer.padding_side = "left"
-    return tokenizer
-
-
-@pytest.mark.parametrize("adds", ["appends EOS", "prepends BOS", "does both", "cuts and pads"])
-def test_what_a_tokenizer_does_by_itself_takes_no_part(tiny, rows, adds):
-    tokenizer, eos = tokenizer_that(adds), tiny[1].eos_token_id
-    bos = [eos] if "BOS" in adds or "both" in adds else []  # GPT-2's BOS and EOS are one token
-    for text in rows[0][:5]:
-        for length in (10_000, 100):
-            plain = encode(tiny[1], [text], length - len(bos), end=True)[0]
-            row = encode(tokenizer, [text], length, end=True)[0]
-            assert row.ids == bos + plain.ids
-            assert row.first == plain.first + len(bos) and row.answer_bytes == plain.answer_bytes
-    prompts = script.pad_left(tokenizer, QUESTIONS, "cpu")
-    assert prompts["attention_mask"].sum(1).tolist() == [
-        len(bos) + len(tiny[1](question)["input_ids"]) for question in QUESTIONS
-    ]
-    assert (prompts["input_ids"][:, -1] != eos).all()
-
-
-def test_a_row_that_brings_its_own_bos_and_eos_gets_no_second_ones(rows):
-    tokenizer = tokenizer_that("does both")
-    text = tokenizer.bos_token + rows[0][0] + tokenizer.eos_token
-    (row,) = encode(tokenizer, [text], 10_000, end=True)
-    assert row.ids.count(tokenizer.bos_token_id) == 2 and row.ids[0] == row.ids[-1] == tokenizer.eos_token_id
-    assert row.ids == encode(tokenizer, [rows[0][0]], 10_000, end=True)[0].ids
-
-
-def test_a_model_that_expects_a_bos_gets_it_in_the_cards_prompt():
-    tokenizer = tokenizer_that("prepends BOS")
-    prompt = script.model_prompt(tokenizer, "What is gout?")
-    assert prompt == tokenizer.bos_token + script.format_prompt("What is gout?")
-    ids = script.pad_left(tokenizer, [script.format_prompt("What is gout?")], "cpu")["input_ids"][0].tolist()
-    assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids
-
-
-def error_of(tmp_path, monkeypatch, capsys, folder, **changes):
-    """The one line with which main() refuses a model, before any run is begun."""
-    set_constants(monkeypatch, tmp_path / "out", MODEL_NAME=str(folder), **changes)
-    capsys.readouterr()  # what making the folder showed
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    assert not list(tmp_path.glob("out/*/*"))
-    return error
-
-
-def test_an_adapter_in_the_models_folder_is_refused(tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(TINY, tmp_path / "model")
-    lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), lora).save_pretrained(folder)
-    assert "also holds an adapter" in error_of(tmp_path, monkeypatch, capsys, folder)
-
-
-def test_more_tokens_than_embeddings_are_refused(tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(TINY, tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(folder)
-    error = error_of(tmp_path, monkeypatch, capsys, folder)
-    assert "6,145 tokens" in error and "6,144" in error
-
-
+# Models of other kinds, made on the spot: as many tokens as the tiny tokenizer has, random weights.
 SMALL = {"vocab_size": 6144, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 0}
-
-
-def test_a_model_that_sees_the_future_is_refused():
-    torch.manual_seed(0)
-    size = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1026}
-    config = RobertaConfig(**SMALL, **size, initializer_range=0.15)
-    with pytest.raises(InputError, match="not causal"):
-        script.check_model(RobertaForCausalLM(config).eval(), load_tiny()[1])
-    config.is_decoder = True
-    script.check_model(RobertaForCausalLM(config).eval(), load_tiny()[1])
-
-
-def test_a_model_that_ignores_the_padding_is_refused():
-    torch.manual_seed(1)
-    config = RwkvConfig(**SMALL, num_hidden_layers=3, attention_hidden_size=64, context_length=1024)
-    with pytest.raises(InputError, match="ignores the attention mask"):
-        script.check_model(RwkvForCausalLM(config).eval(), load_tiny()[1])
-
-
 HYBRIDS = {
     "lfm2": {"full_attn_idxs": [1, 3]},
     "qwen3_5_text": {
@@ -169,11 +104,37 @@ def test_a_hybrid_model_scores_as_a_plain_loop_does(tmp_path, rows, family):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model, tokenizer = script.load_model(tmp_path).eval(), load_tiny()[1]
     script.check_model(model, tokenizer)
-    nll = []
-    for text in rows[1][:5]:
-        ids = torch.tensor([tokenizer(text)["input_ids"][:150]])
-        with torch.no_grad():
-            nll.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    nll = [plain_nll(model, tokenizer(text)["input_ids"][:150]) for text in rows[1][:5]]
     scores = evaluate_perplexity(model, tokenizer, rows[1][:5], max_length=150)
     assert scores["full_text"] == pytest.approx(torch.cat(nll).double().mean().exp().item(), rel=1e-4)
     assert len(generate_answers(model, tokenizer, QUESTIONS, **GREEDY)) == 2
+
+
+OTHER_MODELS = {
+    # GPT-2 medium's width; c_attn is 1,024 to 3,072
+    "gpt2": (
+        GPT2Config(vocab_size=6144, n_embd=1024, n_head=16, n_layer=1, bos_token_id=0, eos_token_id=0),
+        8 * (1024 + 3072),
+    ),
+    # the queries' matrix is 64 to 64, that of the two values' heads 64 to 32
+    "llama": (
+        LlamaConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+        2 * 8 * ((64 + 64) + (64 + 32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_MODELS)
+def test_another_model_is_trained_when_its_name_is_given(tmp_path, monkeypatch, tiny, few_rows, family):
+    config, adapter_parameters = OTHER_MODELS[family]
+    torch.manual_seed(0)
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny[1].save_pretrained(folder)
+    changes = {**ONE_STEP, "MAX_STEPS": 2}  # the learning rate of the first is 0: it warms up
+    set_constants(monkeypatch, tmp_path / "out", MODEL_NAME=str(folder), DATASET_NAME=str(few_rows), **changes)
+    results = read(script.main())
+    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
+    assert math.log(before["full_text"]) == pytest.approx(math.log(6144), abs=0.3)  # it knows nothing yet
+    assert after["full_text"] < before["full_text"]
+    assert results["training"]["trainable_parameters"] == adapter_parameters

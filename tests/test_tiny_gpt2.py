@@ -1,4 +1,7 @@
-"""tiny_gpt2/make_tiny_gpt2.py: each of its steps does, in small, what tiny_gpt2/README.md says."""
+"""tiny_gpt2/make_tiny_gpt2.py: its steps do, in small, what tiny_gpt2/README.md says.
+
+All but `teacher`, which unpacks the weights of a package that the tests do without.
+"""
 
 import json
 import random
@@ -7,31 +10,17 @@ import sys
 
 import pytest
 import torch
-from conftest import TESTS
+from conftest import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(TESTS / "tiny_gpt2"))
+sys.path.insert(0, str(TINY))
 import make_tiny_gpt2  # noqa: E402
-
-
-@pytest.fixture
-def run_step(monkeypatch, capsys):
-    """Run main() with a command line in this process -> what it printed; threads are put back."""
-    threads = torch.get_num_threads()
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [make_tiny_gpt2.__file__, *map(str, arguments)])
-        make_tiny_gpt2.main()
-        return capsys.readouterr().out
-
-    yield run
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def small_teacher(tmp_path):
     """A Llama of the teacher's kind, untrained: tied embeddings, shared key heads, its chat."""
-    tokenizer = AutoTokenizer.from_pretrained(TESTS / "tiny_gpt2")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -57,18 +46,18 @@ def write_articles(folder, items):
 
 
 def everyday():
-    return make_tiny_gpt2.read_json_lines(TESTS / "tiny_gpt2" / "everyday.jsonl")
+    return make_tiny_gpt2.read_json_lines(TINY / "everyday.jsonl")
 
 
 def held_out_losses(output, source):
     return [float(x) for x in re.findall(rf"held-out {source}: loss ([\d.]+)", output)]
 
 
-def test_training_lowers_the_held_out_loss_and_writes_an_ordinary_gpt2(run_step, tmp_path):
+def test_training_lowers_the_held_out_loss_and_writes_an_ordinary_gpt2(run_tool, tmp_path):
     write_articles(tmp_path / "texts", everyday()[:150])
     size = ("--layers", 1, "--width", 64, "--vocabulary", 700, "--rows", 2, "--tokens", 120_000)
     folders = ("--texts", tmp_path / "texts", "--out", tmp_path / "new")
-    output = run_step("train", *folders, *size, "--learning-rate", 1e-2, "--rename")
+    output = run_tool(make_tiny_gpt2, "train", *folders, *size, "--learning-rate", 1e-2, "--rename")
     for source in ("teacher", "everyday"):
         before, after = held_out_losses(output, source)
         assert 6.4 < before < 6.8  # a guess among 700 has a loss of 6.55
@@ -79,21 +68,23 @@ def test_training_lowers_the_held_out_loss_and_writes_an_ordinary_gpt2(run_step,
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     assert len(tokenizer) == model.config.vocab_size == 700
     assert tokenizer.eos_token_id == model.config.eos_token_id == 0
-    shown = run_step("show", "--model", tmp_path / "new", "--texts", tmp_path / "texts", "--prompt", "A")
+    shown = run_tool(make_tiny_gpt2, "show", "--model", tmp_path / "new", "--texts", tmp_path / "texts")
     assert held_out_losses(shown, "everyday") == [after]
 
 
 def test_tuning_lowers_the_teachers_held_out_loss_and_the_tuned_teacher_is_sampled(
-    run_step, tmp_path, small_teacher, monkeypatch
+    run_tool, tmp_path, small_teacher, monkeypatch
 ):
     monkeypatch.setattr(make_tiny_gpt2, "TUNING_RATE", 1e-2)
     tuned = ("--out", tmp_path / "tuned", "--tuning-steps", 30)
-    output = run_step("tune", "--teacher", small_teacher, *tuned)
+    output = run_tool(make_tiny_gpt2, "tune", "--teacher", small_teacher, *tuned)
     before, after = (float(x) for x in re.findall(r"held-out loss ([\d.]+)", output))
     assert after < before - 1
 
     size = ("--sample-rows", 4, "--new-tokens", 200, "--sample-tokens", 300)
-    run_step("sample", "--teacher", tmp_path / "tuned", "--texts", tmp_path / "texts", "--seed", 3, *size)
+    run_tool(
+        make_tiny_gpt2, "sample", "--teacher", tmp_path / "tuned", "--texts", tmp_path / "texts", "--seed", 3, *size
+    )
     rows = make_tiny_gpt2.read_json_lines(tmp_path / "texts" / "articles-3.jsonl")
     subjects = make_tiny_gpt2.choose_subjects()[0]
     assert rows and all((row["title"], row["kind"]) in subjects for row in rows)
@@ -149,22 +140,51 @@ def test_a_renamed_article_names_its_new_subject_and_no_longer_the_old_one():
     assert make_tiny_gpt2.rename({**item, "title": "wasp"}, random.Random(0)) is None
 
 
-def test_loops_and_medical_texts_are_not_plain():
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda good: good[:60],
+        lambda good: good + good,
+        lambda good: good + " Doctor, nurse, patient.",
+        lambda good: good + f" {make_tiny_gpt2.WORDS['rude'][0]}",
+        lambda good: good + "\u2019",
+    ],
+    ids=["short", "said twice", "medical", "rude", "no ASCII"],
+)
+def test_only_plain_articles_are_trained_on(spoil):
     good = everyday()[0]["article"]
     assert make_tiny_gpt2.is_plain(good)
-    for bad in (
-        good[:60],
-        good + good,
-        good + " Doctor, nurse, patient.",
-        good + "\u2019",
-    ):
-        assert not make_tiny_gpt2.is_plain(bad)
+    assert not make_tiny_gpt2.is_plain(spoil(good))
 
 
-def test_the_samples_of_the_shipped_model_are_shown(run_step, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "step, option",
+    [("teacher", "--teacher"), ("tune", "--teacher"), ("tune", "--out"), ("sample", "--teacher"), ("train", "--out")],
+)
+def test_a_step_without_its_folder_ends_before_its_work(run_tool, tmp_path, monkeypatch, capsys, step, option):
+    monkeypatch.setattr(make_tiny_gpt2, step, None)
+    options = {"--teacher": tmp_path / "teacher", "--out": tmp_path / "out"}
+    del options[option]
+    with pytest.raises(SystemExit) as stop:
+        run_tool(make_tiny_gpt2, step, *[word for pair in options.items() for word in pair])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {step} needs {option}\n")
+
+
+def test_rows_to_train_on_are_cut_from_one_stream_of_documents(monkeypatch):
+    monkeypatch.setattr(make_tiny_gpt2, "CONTEXT", 4)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokens = tokenizer("one two three four five six seven eight nine ten")["input_ids"]
+    stream = 2 * [*tokens, tokenizer.eos_token_id]
+    rows = make_tiny_gpt2.training_rows(tokenizer, lambda: [tokenizer.decode(tokens)])
+    # each begins with the last token of the one before, which is not predicted twice
+    assert [next(rows) for _ in range(3)] == [(stream[start : start + 5], 1) for start in (0, 4, 8)]
+
+
+def test_the_samples_of_the_shipped_model_are_shown(run_tool, tmp_path, monkeypatch):
     few_tokens = {**make_tiny_gpt2.SHOWN_SAMPLING, "max_new_tokens": 12}
     monkeypatch.setattr(make_tiny_gpt2, "SHOWN_SAMPLING", few_tokens)
-    output = run_step("show", "--texts", tmp_path / "none")
+    output = run_tool(make_tiny_gpt2, "show", "--texts", tmp_path / "none")
     for prompt in make_tiny_gpt2.SHOWN_PROMPTS:
         assert re.search(rf"^--- {re.escape(repr(prompt))}\n.*\w", output, re.MULTILINE)
     assert held_out_losses(output, "everyday")[0] < 3  # a guess has a loss of 8.7

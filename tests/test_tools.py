@@ -1,53 +1,75 @@
-"""The programs beside the script: that their commands, as the README prints them, run."""
+"""The programs beside the script: that their commands, as tests/README.md prints them, run."""
 
 import functools
-import re
-import sys
 
+import ablation
 import benchmark
 import pytest
-import torch
+from conftest import TINY, read
 from transformers import GPT2Config
 
-
-@pytest.fixture
-def run_tool(monkeypatch, capsys):
-    """Run a tool's main() with a command line in this process -> what it printed; threads and patches are put back."""
-    threads = torch.get_num_threads()
-
-    def run(tool, *arguments):
-        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, arguments)])
-        tool.main()
-        return capsys.readouterr().out
-
-    yield run
-    torch.set_num_threads(threads)
+import finetune_medical_gpt2 as script
 
 
-MATMUL_RATES = functools.cache(benchmark.measure_matmul)
+@pytest.fixture(scope="module")
+def matmul_rates():
+    """What the machine can do, measured once for all tests."""
+    return benchmark.measure_matmul(repeats=1)
 
 
 @pytest.fixture
-def tiny_benchmark(monkeypatch):
+def tiny_benchmark(monkeypatch, matmul_rates):
     """The benchmark with a small layer, few words, short rows and answers, its measurements in this process."""
     small = {"n_layer": 1, "n_embd": 48, "n_head": 4, "vocab_size": 500}
     monkeypatch.setattr(benchmark, "GPT2Config", functools.partial(GPT2Config, **small))
     monkeypatch.setattr(benchmark, "make_tokenizer", functools.partial(benchmark.make_tokenizer, 500))
-    monkeypatch.setattr(benchmark, "measure_matmul", MATMUL_RATES)
+    monkeypatch.setattr(benchmark, "measure_matmul", lambda: matmul_rates)
     monkeypatch.setattr(benchmark, "ANSWER_TOKENS", range(3, 25, 2))
 
-    def in_this_process(function, *args, checkout=None):
-        return getattr(benchmark, function)(*(min(x, 60) if type(x) is int else x for x in args))
+    def in_this_process(function, *arguments, checkout=None):
+        small_arguments = [min(x, 60) if type(x) is int else x for x in arguments]
+        return getattr(benchmark, function)(*small_arguments)
 
     monkeypatch.setattr(benchmark, "in_own_process", in_this_process)
 
 
+def tables(output):
+    """The Markdown tables in a text, without their heads, as lists of lists of cells; trainers print in between."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    heads = [number - 1 for number, line in enumerate(lines) if line.startswith("|---")]
+    found = []
+    for head, next_head in zip(heads, [*heads[1:], len(lines)], strict=True):
+        found.append([line.strip("| ").split(" | ") for line in lines[head + 2 : next_head]])
+    return found
+
+
 @pytest.mark.parametrize(
-    ("options", "tables"), [((), (3, 4)), (("--beside", "."), (4, 6)), (("--pieces",), (8,)), (("--rows",), (3,))]
+    "options, lengths", [((), [3, 4]), (("--beside", "."), [4, 6]), (("--pieces",), [8]), (("--rows",), [3])]
 )
-def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, tables):
+def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, lengths):
     output = run_tool(benchmark, "--steps", "1", *options)
-    found = [re.findall(r"^\| (?!training|scoring and|rows)(.+) \|$", x, re.M) for x in output.split("|---|\n")[1:]]
-    assert tuple(map(len, found)) == tables
+    found = tables(output)
+    assert [len(table) for table in found] == lengths
     if not options:
-        assert found[0][0].endswith("%") and " | 1.0 | " in found[0][0] and output.count(" hours") == tables[1] // 2
+        reference = found[0][0]
+        assert reference[2] == "1.0" and reference[-1].endswith("%")
+        assert output.count(" hours") == 2
+
+
+def test_a_measurement_is_made_in_a_process_of_its_own():
+    assert benchmark.in_own_process("make_texts", 2, 5) == benchmark.make_texts(2, seed=5)
+
+
+def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch, few_rows):
+    for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
+        monkeypatch.setattr(script, name, getattr(script, name))
+    monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
+    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--output-dir", tmp_path / "out")
+    output = run_tool(ablation, TINY, few_rows, *options)
+    (table,) = tables(output)
+    untouched, variant = table
+    assert [untouched[0], variant[0]] == ["untouched model", "learning rate 3e-3"]
+    assert float(variant[1]) < float(untouched[1])
+    (run,) = (tmp_path / "out").iterdir()
+    assert read(run)["training"]["steps"] == 2
+    assert variant[1] == f"{read(run)['perplexity']['after']['answer']:.2f}"

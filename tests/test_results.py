@@ -1,0 +1,126 @@
+"""Results: the files of a run and what they say; what was saved can be used."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ONE_STEP, TESTS, flat, read, set_constants
+from peft import AutoPeftModelForCausalLM
+from transformers import pipeline
+
+import finetune_medical_gpt2 as script
+
+
+def test_a_run_leaves_all_its_files_whole(short_run):
+    for name in ("results.json", "report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
+        assert (short_run / name).stat().st_size > 500, name
+    assert not list(short_run.rglob("*.tmp"))
+    assert short_run.name.startswith("tiny_gpt2-")
+
+
+def test_results_json_has_the_keys_that_readers_rely_on(short_run):
+    results = read(short_run)
+    assert set(results) == {
+        "model",
+        "model_revision",
+        "dataset",
+        "dataset_revision",
+        "offline_fallback",
+        "settings",
+        "versions",
+        "hardware",
+        "data",
+        "perplexity",
+        "training",
+        "answers",
+    }
+    assert set(results["perplexity"]["before"]) == {
+        "full_text",
+        "answer",
+        "seed_protocol",
+        "bits_per_byte",
+        "tokens",
+        "answer_tokens",
+        "answer_ci95",
+    }
+    for answer in results["answers"]:
+        assert answer["prompt"] == script.format_prompt(answer["question"])
+        assert set(answer["after_stats"]) == {"words", "sentences", "unique_words", "distinct_bigrams", "finished"}
+
+
+def test_the_log_history_goes_from_the_base_model_to_the_saved_adapter(short_run):
+    training = read(short_run)["training"]
+    assert training["steps"] == 24
+    history = training["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 10, 20, 24]
+    assert [entry["step"] for entry in history if "loss" in entry] == [5, 10, 15, 20, 24]
+    for when, entry in (("before", history[0]), ("after", history[-1])):
+        scores = read(short_run)["perplexity"][when]
+        assert math.exp(entry["eval_loss"]) == pytest.approx(scores["full_text"])
+        assert math.exp(entry["eval_answer_loss"]) == pytest.approx(scores["answer"])
+
+
+def test_trained_parameters_are_counted_by_hand(short_run):
+    training = read(short_run)["training"]
+    assert training["trainable_parameters"] == 7 * 8 * (256 + 3 * 256)  # r 8, on c_attn in each of 7 layers
+    assert training["total_parameters"] == 7_363_840 + training["trainable_parameters"]
+
+
+def test_the_interval_holds_the_answer_perplexity(short_run):
+    after = read(short_run)["perplexity"]["after"]
+    low, high = after["answer_ci95"]
+    assert low < after["answer"] < high
+
+
+SCORE_AS_THE_SCRIPT = """
+import json
+import finetune_medical_gpt2 as script
+for module in model.modules():
+    if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
+        module.act = script.torch.nn.GELU(approximate="tanh")
+settings = json.loads(open("../results.json", encoding="utf-8").read())["settings"]
+split = {"test_size": settings["TEST_SIZE"], "seed": settings["SEED"]}
+texts = script.load_splits(settings["DATASET_NAME"], **split)[1]["text"]
+print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"])))
+"""
+
+
+def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores_what_the_results_say(short_run):
+    card = (short_run / "adapter" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    command = [sys.executable, "-c", snippet + SCORE_AS_THE_SCRIPT]
+    done = subprocess.run(command, cwd=short_run / "adapter", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, scores = done.stdout.rsplit("\n", 2)[:2]
+    assert answer.strip()
+    tolerance = 0.01 if read(short_run)["hardware"]["precision"] == "bf16" else 1e-3  # the snippet runs in fp32
+    assert flat(json.loads(scores)) == pytest.approx(flat(read(short_run)["perplexity"]["after"]), rel=tolerance)
+
+
+def test_the_merged_model_is_plain_and_answers_as_the_adapter(short_run):
+    adapter = AutoPeftModelForCausalLM.from_pretrained(short_run / "adapter", dtype=torch.float32).eval()
+    generator = pipeline("text-generation", model=str(short_run / "merged"), dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(generator.model(ids).logits, adapter(input_ids=ids).logits, atol=1e-3)
+    assert not list((short_run / "merged").glob("adapter*"))
+    prompt = script.format_prompt("What is a fever?")
+    (told,) = generator(prompt, max_new_tokens=4, do_sample=False)
+    assert told["generated_text"].startswith(prompt) and len(told["generated_text"]) > len(prompt)
+
+
+@pytest.mark.parametrize("folder", ["adapter", "merged"])
+def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run, folder):
+    state = json.loads((short_run / folder / "tokenizer.json").read_text())
+    assert state["truncation"] is None and state["padding"] is None
+
+
+def test_the_adapter_of_a_relative_model_name_finds_its_base_from_anywhere(tmp_path, monkeypatch, few_rows):
+    monkeypatch.chdir(TESTS)
+    set_constants(monkeypatch, tmp_path / "out", MODEL_NAME="tiny_gpt2", DATASET_NAME=str(few_rows), **ONE_STEP)
+    adapter = json.loads((script.main() / "adapter" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(TESTS / "tiny_gpt2")

@@ -1,0 +1,127 @@
+"""Speed: but for rounding, what is fast computes what is plain."""
+
+import pytest
+import torch
+from conftest import TINY, load_tiny, plain_nll
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+import finetune_medical_gpt2 as script
+from finetune_medical_gpt2 import InputError, evaluate_perplexity
+
+
+def load_bf16():
+    return script.load_model(TINY, precision="bf16")
+
+
+def test_bfloat16_scores_are_those_of_float32(tiny, rows):
+    model, tokenizer = tiny
+    exact = evaluate_perplexity(model, tokenizer, rows[1][:2], max_length=256)
+    rounded = evaluate_perplexity(load_bf16(), tokenizer, rows[1][:2], max_length=256)
+    for kind in ("full_text", "answer", "seed_protocol", "bits_per_byte"):
+        assert rounded[kind] == pytest.approx(exact[kind], rel=0.01)
+
+
+def test_only_the_matrices_are_rounded_and_the_embeddings_stay_as_they_are(tiny):
+    rounded, exact = load_bf16().state_dict(), tiny[0].state_dict()
+    for name, value in exact.items():
+        is_matrix = name.endswith("weight") and ".c_" in name or name == "lm_head.weight"
+        assert rounded[name].dtype == (torch.bfloat16 if is_matrix else torch.float32), name
+        if not is_matrix:
+            assert torch.equal(rounded[name], value)
+
+
+def test_the_rounded_head_is_centred_and_gives_the_same_probabilities(tiny):
+    exact, rounded = tiny[0].lm_head.weight, load_bf16().lm_head.weight.float()
+    assert exact.mean(0).abs().max() > 0.1
+    assert rounded.mean(0).abs().max() < 1e-3
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 256)
+    log_probs = (hidden @ rounded.T).log_softmax(-1)
+    assert torch.allclose(log_probs, (hidden @ exact.T).log_softmax(-1), atol=0.05)
+
+
+def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
+    model, tokenizer = load_tiny()
+    assert script.has_plain_head(model)
+    plain = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
+    assert not script.has_plain_head(model)
+    nll = [plain_nll(model, tokenizer(text)["input_ids"][:100]) for text in rows[1][:3]]
+    scores = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
+    assert scores["full_text"] == pytest.approx(torch.cat(nll).double().mean().exp().item(), rel=1e-5)
+    assert scores["full_text"] != pytest.approx(plain["full_text"], rel=0.01)
+
+
+def train_losses(trainer_class, precision, rows, output_dir, **kwargs):
+    """The losses of four steps with `trainer_class`; asserts that these changed the whole adapter and nothing else."""
+    model = script.load_model(TINY, precision=precision, dropout=0.0)  # no chance in it
+    tokenizer = load_tiny()[1]
+    encoded = script.encode(tokenizer, rows[0][:16], 64, end=True)
+    config = SFTConfig(
+        output_dir=str(output_dir),
+        max_steps=4,
+        learning_rate=5e-3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        bf16=precision == "bf16",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        max_length=64,
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
+    data = script.training_data(encoded, on_prompt=True)
+    trainer = trainer_class(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **kwargs
+    )
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def stock_losses(rows, tmp_path_factory):
+    """The losses of TRL's own trainer in fp32."""
+    return train_losses(SFTTrainer, "fp32", rows, tmp_path_factory.mktemp("stock"))
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(
+    rows, stock_losses, tmp_path, monkeypatch, precision, tolerance
+):
+    monkeypatch.setattr(script, "CHUNK", 64)  # so that a batch takes several
+    ours = train_losses(script.LoRATrainer, precision, rows, tmp_path, validate=None)
+    assert ours == pytest.approx(stock_losses, rel=tolerance)
+    assert len(ours) == 4
+
+
+def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(monkeypatch):
+    monkeypatch.setattr(script, "CHUNK", 64)
+    torch.manual_seed(0)
+    hidden = torch.randn(150, 16, requires_grad=True)  # two whole chunks, and a part of a third
+    weight, labels, factors = torch.randn(40, 16), torch.randint(40, (150,)), torch.rand(150)
+    nll = script.ChunkedNLL.apply(hidden, weight, labels)
+    (gradient,) = torch.autograd.grad((nll * factors).sum(), hidden)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    (expected_gradient,) = torch.autograd.grad((expected * factors).sum(), hidden)
+    assert torch.allclose(nll, expected, atol=1e-5)
+    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "processes, message",
+    [(1, "torchrun --nproc_per_node=2, or one with CUDA_VISIBLE_DEVICES=0"), (3, "more processes")],
+)
+def test_one_process_or_too_many_for_several_gpus_are_an_error(monkeypatch, processes, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with pytest.raises(InputError, match=message):
+        script.choose_hardware()
