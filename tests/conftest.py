@@ -13,8 +13,8 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 os.environ["PYTHONPATH"] = str(TESTS.parent)  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network and must not try
-# One thread, here and in every process that a test starts: several processes that spin for the same two cores take
-# many times as long, and the models are too small to gain from more.
+# One thread in every process that a test starts, and none that spins while it waits: several that do so on the same two
+# cores take many times as long.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest  # noqa: E402
@@ -34,7 +34,7 @@ SHORT_RUN = {
     "GRADIENT_ACCUMULATION_STEPS": 1,
     "MAX_LENGTH": 256,
     "MAX_NEW_TOKENS": 24,
-    "TITLE_ROWS": 8,
+    "TITLE_ROWS": 4,
     "GENERAL_ARTICLES": 3,
 }
 # On top of SHORT_RUN, where it is enough that a run goes through.

@@ -88,9 +88,28 @@ def test_nothing_of_the_title_can_be_copied_from_it(monkeypatch):
     ]
 
 
-def test_too_few_titles_are_no_title_test(monkeypatch):
+def test_of_a_question_in_other_words_no_word_can_be_copied(monkeypatch):
+    questions = ["Why do joints hurt?", "Who gets scurvy?", "Is it catching?", "What about rabies?"]
+    texts = [f"[INST] {question} [/INST] The joint is hurting, scurvy whoever. </s>" for question in questions]
+    seen = []
+
+    def score_rows(model, tokenizer, rows, **kwargs):
+        seen.extend(rows)
+        return np.ones((len(rows), 5))
+
+    monkeypatch.setattr(script, "score_rows", score_rows)
+    assert len(score_titles(None, None, texts, 512)) == 4
+    # article 0 without "joint" and "hurting", under the questions 0, 1, 2, 3; article 1 without "scurvy", from 1 on
+    assert seen[:2] == [
+        "[INST] Why do joints hurt? [/INST] The is , scurvy whoever.",
+        "[INST] Who gets scurvy? [/INST] The is , scurvy whoever.",
+    ]
+    assert seen[4] == "[INST] Who gets scurvy? [/INST] The joint is hurting, whoever."
+
+
+def test_too_few_articles_are_no_title_test(monkeypatch):
     fake_scores(monkeypatch, lambda title, article: 1)
-    for texts in ([], TEXTS[:3], ["[INST] Why? [/INST] So."] * 9):
+    for texts in ([], TEXTS[:3]):
         assert score_titles(None, None, texts, 512) == []
     assert summarize_titles([]) is None
 
