@@ -10,9 +10,9 @@ and adapter/. Killed at any moment, the same command goes on where it was. Where
 reached, the same pipeline runs on a tiny model and data from tests/, and says so.
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13, by tests/benchmark.py: GPT-2
-124M (random weights) trains at 2.0 times the tokens/s of the reference's recipe, in 1.9 GiB instead of
-7.7; with avx512_bf16 at 4.6 to 8.2 times, by the version before. Without a network this command takes
-the tiny model's answer perplexity from 46.26 to 23.62.
+124M (random weights) trains at about twice the tokens/s of the reference's recipe in fp32, in 1.9 GiB
+instead of 7.7. Without a network this command takes the tiny model's answer perplexity from 46.26 to
+@@AFTER@@.
 
 It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of
 what the models write is medical advice.
@@ -104,8 +104,8 @@ DROP_EMPTY_ANSWERS = True  # False: keep rows without an article, as the referen
 OFFLINE_FALLBACK = True  # without the Hub: True runs on what ships in tests/, False stops
 
 # LoRA
-LORA_R = 8  # rank: each adapted matrix learns a sum of so many products of two vectors
-LORA_ALPHA = 32  # what is learned counts alpha / r times
+LORA_R = 8  # rank of what is added to each matrix, the product of two thin ones
+LORA_ALPHA = 32  # that product is scaled by alpha / r
 LORA_DROPOUT = 0.1  # on the adapter's inputs, in training
 LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or "all-linear"
 
@@ -141,8 +141,8 @@ SAVE_MERGED = False  # True: also write merged/, a plain model folder with the a
 # The names of the constants above (F is a module): they are what is checked, and written to results.json.
 SETTINGS = [name for name in list(globals()) if name.isupper() and name != "F"]
 
-# What the offline default sets apart; all else is as above. An epoch is only 22 steps there: eight, at a higher
-# learning rate, so that something can be seen within minutes.
+# What the offline default sets apart; all else is as above. One epoch is only 22 steps there, so it trains eight, at a
+# higher learning rate.
 OFFLINE_SETTINGS = {
     "MODEL_NAME": "tests/tiny_gpt2",
     "MODEL_REVISION": None,
@@ -154,8 +154,8 @@ OFFLINE_SETTINGS = {
 }
 PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
 
-# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK. These are no settings:
-# they must be as they stand in the data's rows, which nothing here rewrites.
+# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK. Change them
+# only together with the data's rows: nothing here rewrites those.
 ANSWER_MARK = "[/INST]"
 END_MARK = "</s>"
 PROMPT = (
@@ -189,7 +189,7 @@ def on_first(function):
             result = function()
         except Exception as raised:
             error = shared = raised
-            # what the others are told has to survive its way through pickle
+            # what is sent to the others must be picklable, which not every exception is
             if not isinstance(error, InputError | HubUnreachable):
                 shared = RuntimeError(f"on the first process: {error!r}")
     # Also after an error: processes that the first doesn't answer would wait for it for hours.
@@ -267,7 +267,7 @@ def kept(path, make, depends_on):
     Another call returns what is there, unless it depends on something else now. What a run's folder
     is named after (see run_folder) need not be listed. Called on every process, as `make` is.
     """
-    # One process looks for all: if they disagreed, some would wait for others that never come.
+    # Only the first process looks: if they disagreed, some would wait for others that never come.
     record = on_first(lambda: load_json(path))
     if record is None or record["depends_on"] != depends_on:
         began = time.monotonic()
@@ -658,7 +658,7 @@ def label_nll(model, input_ids, labels, plain_head):
         weight = model.get_output_embeddings().weight
         nll = ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
     else:
-        # not model.forward, which LoRATrainer may have replaced by this function
+        # not model.forward, which in training is this very function (see loss_or_logits)
         logits = type(model).forward(model, input_ids, use_cache=False).logits[:, :-1]
         nll = F.cross_entropy(logits[live].float(), labels[live], reduction="none")
     return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
@@ -887,8 +887,8 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     """Ask all questions in one batch -> a list of (answer, whether it ended by itself).
 
     An answer is what follows the prompt, up to the first </s> or EOS. It is sampled from the 50
-    likeliest tokens at `temperature` (0: greedy), with `seed`; torch's own random state is kept, so
-    that a question asked in validation doesn't change the training after it.
+    likeliest tokens at `temperature` (0: greedy), with `seed`; torch's own random state is kept (but
+    on Apple's GPUs), so that a question asked in validation doesn't change the training after it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     prompts = pad_left(tokenizer, [format_prompt(question) for question in questions], base.device)
@@ -1045,7 +1045,7 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         n = len(labels)
-        spare = math.ceil(n / SHAPE_STEP) * SHAPE_STEP - n  # as n is another in every batch
+        spare = math.ceil(n / SHAPE_STEP) * SHAPE_STEP - n  # n is another in every batch
         hidden = F.pad(hidden, (0, 0, 0, spare))
         labels = F.pad(labels, (0, spare))
         nll, gradients = [], []
@@ -1198,19 +1198,20 @@ class LoRATrainer(SFTTrainer):
         self.base = self.model.get_base_model()
         self.own_loss = self.base.device.type == "cpu" and has_plain_head(self.base)
         if self.own_loss:
-            # As the model's forward it is wrapped as any other: by PEFT, by autocast, by DDP.
+            # Installed as the model's forward, so that PEFT, autocast and DDP wrap it like the original.
             forward = functools.partial(loss_or_logits, self.base)
             self.base.forward = functools.update_wrapper(forward, type(self.base).forward)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.own_loss:
             nll = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
-            # items are counted over all processes, and DDP averages their gradients
+            # The items are those of all processes. DDP divides the sum of their gradients by their number,
+            # so each process divides by its share alone.
             tokens_per_process = num_items_in_batch / self.accelerator.num_processes
             loss = nll.sum() / max(tokens_per_process, 1)  # 0 where no row of the step has an answer
         else:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # before the optimizer's step, or a NaN would get into the adapter and its next checkpoint
+        # before the optimizer's step, or it would get into the adapter and its next checkpoint
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             raise InputError(
                 f"the training loss is not finite at step {self.state.global_step + 1}: lower "
@@ -1226,7 +1227,7 @@ class LoRATrainer(SFTTrainer):
         return metrics
 
     def log(self, logs, start_time=None):
-        # TRL adds entropy, accuracy and run times
+        # what report and plots read, without run times
         names = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
         logs = {name: logs[name] for name in names if name in logs}
         if logs:
@@ -1286,9 +1287,11 @@ def add_adapter(model, lora, seed):
 
 def training_data(encoded, on_prompt):
     """Rows as the Trainer takes them: input_ids, and labels, which are -100 where no loss is taken."""
-    labels = [row.ids for row in encoded]
-    if not on_prompt:
-        labels = [[-100] * row.first + row.ids[row.first :] for row in encoded]
+    labels = []
+    for row in encoded:
+        # the first token is never predicted, and for GPT-2 the Trainer would count it all the same
+        first = 1 if on_prompt else max(row.first, 1)
+        labels.append([-100] * first + row.ids[first:])
     return datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
 
 
@@ -1321,7 +1324,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=cfg.EVAL_STEPS,
-        save_steps=cfg.LOGGING_STEPS,  # elsewhere a resumed run would log a wrong mean
+        save_steps=cfg.LOGGING_STEPS,  # no checkpoint holds the losses summed up since the last line
         report_to=cfg.REPORT_TO,
         run_name=run.name,
         include_num_input_tokens_seen="non_padding",  # tokens/s must not rise with padding
@@ -1372,9 +1375,19 @@ def save_adapter(model, tokenizer, folder, base_name):
     write_folder(folder, save_weights, tokenizer.save_pretrained)
 
 
+def count_parameters(model):
+    """(trainable, all) parameters of a PEFT model; a head that speed_up parted from its embeddings counts once."""
+    trainable, total = model.get_nb_trainable_parameters()
+    head = model.get_output_embeddings().weight
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    if is_tied and head is not model.get_input_embeddings().weight:
+        total -= head.numel()
+    return trainable, total
+
+
 def training_results(trainer):
     """results["training"] from a finished Trainer: real tokens, seconds of the optimizer steps, log history."""
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(trainer.model)
     seconds, tokens = trainer.progress.seconds, trainer.state.num_input_tokens_seen
     names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
     history = [
@@ -1437,7 +1450,7 @@ def describe_machine(machine):
 MEASURES = {
     "answer": "answers only",
     "full_text": "full text",
-    "seed_protocol": "reference protocol",  # the reference is this project's seed
+    "seed_protocol": "reference protocol",  # the project that is redone here is called its seed
     "bits_per_byte": "answers, bits per byte",
 }
 BEFORE_COLOR, AFTER_COLOR = "#999999", "#0072B2"
@@ -1600,7 +1613,8 @@ at most {{ settings.MAX_NEW_TOKENS }} tokens, asked in the format of the trainin
 Does its own title help the model with an article? The first 500 characters of {{ titles.held_out.before.articles }}
 held-out articles, and of {{ titles.trained.before.articles if titles.trained.before else "no" }} that were trained on,
 were scored under their own question and under those of three others; words that begin like one of the title's were
-taken out, so that they can't be copied. The gain is how much lower the loss is under the own title.
+taken out, so that they can't be copied (those of up to three letters stay). The gain is how much lower the loss is
+under the own title.
 
 | articles | | before | after |
 | --- | --- | ---: | ---: |
@@ -1612,9 +1626,9 @@ taken out, so that they can't be copied. The gain is how much lower the loss is 
 | {{ test.after.own_wins | percent }} |
 {% endfor %}
 
-With fine-tuning the loss of the held-out articles fell by {{ own_fall | three }} nats per token under their own titles,
-and by {{ other_fall | three }} under wrong ones: so much is language and tone. The difference, \
-{{ gain_change.mean | three }} ({{ gain_change.ci95 | three_to_three }}), is about the topic\
+With fine-tuning the loss of the held-out articles fell by {{ own_fall | three }} nats per token under their own titles.
+Of that, {{ other_fall | three }} are a fall under wrong titles, too: language, tone, and what all articles share. The
+difference, {{ gain_change.mean | three }} ({{ gain_change.ci95 | three_to_three }}), is about the topic\
 {{ ": not to be told from nothing" if gain_change.ci95[0] <= 0 <= gain_change.ci95[1] }}. A gain of trained articles
 alone is learned by heart.
 
@@ -1990,8 +2004,11 @@ def run_folder(cfg, model_path, commit, train, held_out):
     if model is None:
         files = [x for x in model_path.iterdir() if x.suffix in (".json", ".safetensors", ".txt", ".model")]
         model = {path.name: sha256(path) for path in sorted(files)}
+    # The rows of a step may be cut otherwise: what halves BATCH_SIZE for lack of memory goes on where it was.
+    cut = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
     identity = {
-        "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
+        "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in (*NOT_TRAINED, *cut)},
+        "rows_per_step": cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS,
         "prompt": PROMPT,
         "model": model,
         "train": train,
@@ -2052,7 +2069,7 @@ def one_line_errors():
     except torch.OutOfMemoryError:
         rank = "0"  # to be said by whichever process it meets
         code = 2
-        message = "error: out of GPU memory: halve BATCH_SIZE, and double GRADIENT_ACCUMULATION_STEPS"
+        message = "error: out of GPU memory: halve BATCH_SIZE, double GRADIENT_ACCUMULATION_STEPS, and go on"
     except Exception as error:
         # torch and safetensors don't pass a full disk's error number on
         folder = Path(OUTPUT_DIR).expanduser()
@@ -2089,7 +2106,7 @@ def announce(cfg, model, encoded, held_out):
     if steps == -1:
         steps = math.ceil(cfg.NUM_EPOCHS * math.ceil(len(encoded) / rows_per_step))
     tokens = steps * rows_per_step * sum(len(row.ids) for row in encoded) / len(encoded)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     # the reference trained on a template and asked bare questions; whoever brings own data may not notice
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
         say("note: no held-out row begins as PROMPT does, so the questions have another form than the rows")
@@ -2106,7 +2123,7 @@ def measure(model, tokenizer, cfg, train, held_out, machine, run, when):
     found = {}
 
     def stage(name, job, **depends_on):
-        """Keep what job(label of its progress bar) finds."""
+        """found[name] = job(label), or what it was in an earlier start; `label` is that of its progress bar."""
         # an interrupted run may go on on another machine, where the figures would be others
         depends_on |= {"device": machine.device, "precision": machine.precision}
         path = run / "checkpoints" / f"{when}-{name}.json"
@@ -2220,7 +2237,7 @@ def show_results(results, run):
         topic, (low, high) = falls["gain_change"]["mean"], falls["gain_change"]["ci95"]
         say(
             f"\nof the articles' fall in loss, {falls['own_fall']:.3f} nats per token, {topic:.3f} "
-            f"({low:.3f} to {high:.3f}) is about their topic, all else is language and tone"
+            f"({low:.3f} to {high:.3f}) is about their topic; the rest falls under wrong titles, too"
         )
     answer = results["answers"][0]
     say(f"\n{answer['question']}")
@@ -2267,7 +2284,7 @@ def main():
         say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
         return run
 
-    # The model gets its LoRA adapter once; as long as the adapter is disabled it is the base model.
+    # One model for both: before the training it is measured with its LoRA adapter disabled.
     model = load_model(model_path, machine.device, machine.precision, dropout=cfg.BASE_DROPOUT)
     check_fit(cfg, model, tokenizer, encoded)
     check_model(model, tokenizer)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ONE_STEP, TESTS, flat, read, set_constants
+from conftest import ONE_STEP, TESTS, TINY, flat, read, set_constants
 from peft import AutoPeftModelForCausalLM
 from transformers import pipeline
 
@@ -68,6 +68,13 @@ def test_trained_parameters_are_counted_by_hand(short_run):
     training = read(short_run)["training"]
     assert training["trainable_parameters"] == 7 * 8 * (256 + 3 * 256)  # r 8, on c_attn in each of 7 layers
     assert training["total_parameters"] == 7_363_840 + training["trainable_parameters"]
+
+
+def test_a_rounded_head_that_shares_its_embeddings_is_counted_once():
+    model = script.load_model(TINY, precision="bf16")
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    model = script.add_adapter(model, script.LoraConfig(task_type="CAUSAL_LM", r=8), seed=0)
+    assert script.count_parameters(model) == (57_344, 7_363_840 + 57_344)
 
 
 def test_the_interval_holds_the_answer_perplexity(short_run):

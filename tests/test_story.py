@@ -99,7 +99,7 @@ TRAINED = {
     "MAX_STEPS": 5,
     "LEARNING_RATE": 2e-4,
     "BATCH_SIZE": 2,
-    "GRADIENT_ACCUMULATION_STEPS": 2,
+    "GRADIENT_ACCUMULATION_STEPS": 3,
     "WARMUP_RATIO": 0.1,
     "MAX_GRAD_NORM": 1.0,
     "LOGGING_STEPS": 1,
@@ -139,6 +139,10 @@ def test_a_run_with_another_training_has_another_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "PROMPT", "[INST] {question} [/INST]")
     names.append(folder_name())
     assert len(set(names)) == len(names) == len(TRAINED) + 5
+
+
+def test_a_step_of_the_same_rows_cut_otherwise_is_the_same_training():
+    assert folder_name(BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=8) == folder_name()
 
 
 @pytest.mark.parametrize("name", NOT_TRAINED)

@@ -6,6 +6,7 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ONE_STEP, SHORT_RUN, read, set_constants
 
 import finetune_medical_gpt2 as script
@@ -20,7 +21,7 @@ def test_the_tokens_counted_are_those_of_the_rows_without_padding(short_run, tin
 
 
 @pytest.mark.parametrize(
-    "on_prompt, labels", [(True, [[5, 6, 7, 8], [5, 6, 9]]), (False, [[-100, -100, 7, 8], [-100, -100, -100]])]
+    "on_prompt, labels", [(True, [[-100, 6, 7, 8], [-100, 6, 9]]), (False, [[-100, -100, 7, 8], [-100, -100, -100]])]
 )
 def test_labels_are_the_tokens_that_the_loss_is_over(on_prompt, labels):
     encoded = [script.Row([5, 6, 7, 8], first=2, answer_bytes=9), script.Row([5, 6, 9], first=3, answer_bytes=0)]
@@ -41,14 +42,26 @@ def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, mo
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(script.LoRATrainer, "compute_loss", compute_and_note)
+    monkeypatch.setattr(script, "choose_hardware", lambda: script.Machine("cpu", "fp32", "a CPU"))
     results = read(script.main())
-    tokenizer = tiny[1]
+    model, tokenizer = tiny
+
+    # a fresh adapter changes nothing, so the first step's loss is the base model's
+    nll = tokens = 0
+    for ids, labels, _ in seen:
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+        nll += torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").item()  # but for -100
+        tokens += int((labels[1:] != -100).sum())
+    losses = [entry["loss"] for entry in results["training"]["log_history"] if "loss" in entry]
+    assert losses == [pytest.approx(nll / tokens, rel=1e-4)]
+
     cut_rows = 0
     assert len(seen) == 8
     for ids, labels, mask in seen:
         end = int(mask.sum())
         assert (labels[end:] == -100).all()
-        begin = 0 if on_prompt else int((labels == -100)[:end].sum())
+        begin = 1 if on_prompt else int((labels == -100)[:end].sum())  # the first token is never predicted
         assert (labels[:begin] == -100).all()
         assert (labels[begin:end] == ids[begin:end]).all()
         if not on_prompt:
