@@ -1180,6 +1180,7 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+        say(f"trained in {tqdm.format_interval(time.monotonic() - self.began)}")
 
 
 class LoRATrainer(SFTTrainer):
@@ -2146,6 +2147,7 @@ def measure(model, tokenizer, cfg, train, held_out, machine, run, when):
     stage("held_out_titles", lambda label: score_titles(model, tokenizer, held_out, **size, progress=label), **limits)
     stage("trained_titles", lambda label: score_titles(model, tokenizer, train, **size, progress=label), **limits)
     stage("general_text", lambda label: score_general_text(model, tokenizer, **size, progress=label), **limits)
+    say(f"{when}: all measured in {tqdm.format_interval(stage_seconds(run)[when])}")
     return found
 
 

@@ -1,6 +1,7 @@
 """The story as main() tells it: it learns, its baseline is honest, and what is done is not done again."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -47,6 +48,15 @@ def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, f
     assert len(samples) == 2  # validations before the last step
     assert without_samples.name == with_samples.name
     assert without_times(read(without_samples)) == without_times(read(with_samples))
+
+
+def test_after_each_stage_its_time_is_said(tmp_path, monkeypatch, capsys, few_rows):
+    set_constants(monkeypatch, tmp_path, **ONE_STEP, DATASET_NAME=str(few_rows))
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if re.search(r" in \d\d:\d\d$|^\d\d:\d\d in all", line)]
+    assert [line.split(" in")[0] for line in said[:3]] == ["before: all measured", "trained", "after: all measured"]
+    assert len(said) == 4
 
 
 class StopHere(Exception):
