@@ -183,3 +183,12 @@ def test_a_folder_that_is_only_called_as_a_model_is_not_taken_for_it(tmp_path, m
     assert not script.is_local("dataset", "owner/name")
     (Path("gpt2") / "config.json").write_text("{}")
     assert script.is_local("model", "gpt2")
+
+
+def test_a_relative_folder_is_local_however_it_is_written_and_stays_so(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("./rows", "rows/"):
+        path, commit = script.fetch("dataset", name)
+        assert (path, commit) == (tmp_path / "rows", None)
+        assert script.fetch("dataset", str(path)) == (path, None)  # not taken for a Hub id called rows
