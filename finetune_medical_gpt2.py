@@ -154,8 +154,8 @@ OFFLINE_SETTINGS = {
 }
 PACKAGES = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
 
-# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK. Change them
-# only together with the data's rows: nothing here rewrites those.
+# The form of a row: the prompt, an article, and END_MARK. An answer begins after ANSWER_MARK. Change them only together
+# with the data's rows: nothing here rewrites those.
 ANSWER_MARK = "[/INST]"
 END_MARK = "</s>"
 PROMPT = (
@@ -234,7 +234,7 @@ def last_line(error):
 
 
 def write_text(path, text):
-    """Write a file that appears whole or not at all: half of one would pass for a finished stage."""
+    """Write a file that appears whole or not at all: half of one would pass for the whole."""
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
@@ -691,9 +691,9 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     scores = []
     with inference(base), progress_bar(progress, len(mine), " rows") as bar:
         for batch in batches:
-            # rounded up, as each new shape costs a new kernel, but never beyond the model's context
+            # never beyond max_length, which may be the whole context of the model
             longest = max(len(rows[batch[0]].ids), 1)
-            width = min(max_length, math.ceil(longest / SHAPE_STEP) * SHAPE_STEP)
+            width = min(max_length, round_up(longest))
             labels = pad_right([rows[i].ids for i in batch], width, base.device)
             # a row's input is its labels, with any token where the padding is
             batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
@@ -920,11 +920,11 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
 
 def until_end(tokenizer, ids):
     """(text, True) of generated ids up to the first </s> or EOS; (text, False) if there is neither."""
-    eos = tokenizer.eos_token_id
-    if eos in ids:
-        return tokenizer.decode(ids[: ids.index(eos)]).split(END_MARK)[0].strip(), True
-    text = tokenizer.decode(ids)
-    return text.split(END_MARK)[0].strip(), END_MARK in text
+    has_eos = tokenizer.eos_token_id in ids
+    if has_eos:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text, mark, _ = tokenizer.decode(ids).partition(END_MARK)
+    return text.strip(), has_eos or mark != ""
 
 
 def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
@@ -997,6 +997,11 @@ CHUNK = 1024  # positions whose logits are in memory at a time
 SHAPE_STEP = 64  # row lengths are padded to multiples: on a CPU each new shape costs a new kernel
 
 
+def round_up(length):
+    """The next multiple of SHAPE_STEP."""
+    return math.ceil(length / SHAPE_STEP) * SHAPE_STEP
+
+
 def speed_up(model, precision):
     """Make a frozen model fast on its device; in bf16 its matrices are rounded once, here.
 
@@ -1045,7 +1050,7 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         n = len(labels)
-        spare = math.ceil(n / SHAPE_STEP) * SHAPE_STEP - n  # n is another in every batch
+        spare = round_up(n) - n  # n is another in every batch
         hidden = F.pad(hidden, (0, 0, 0, spare))
         labels = F.pad(labels, (0, spare))
         nll, gradients = [], []
@@ -1100,9 +1105,14 @@ def choose_hardware():
         return Machine("mps", "fp32", "Apple GPU")
 
     tune_cpu(processes, local_processes)
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return Machine("cpu", "bf16" if cpu_has_bf16() else "fp32", name)
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies matrices in bf16, rather than emulate it."""
     cpu = torch.cpu.get_capabilities()
-    has_bf16 = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
-    return Machine("cpu", "bf16" if has_bf16 else "fp32", cpu.get("cpu_name") or platform.machine())
+    return bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
 
 
 def tune_cpu(processes, local_processes):
@@ -1172,8 +1182,8 @@ class Progress(TrainerCallback):
         )
 
     def on_save(self, args, state, control, **kwargs):
-        # The Trainer's own rotation goes by time stamps, which a clock set back turns around. Two stay: the
-        # newest may be half-written when the run is killed.
+        # The Trainer's own rotation goes by time stamps, which a clock set back turns around. Two stay: should
+        # the newest be damaged, it can be deleted.
         if args.should_save:
             for old in checkpoints(args.output_dir)[:-2]:
                 shutil.rmtree(old, ignore_errors=True)

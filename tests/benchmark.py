@@ -82,8 +82,7 @@ def make_model(variant):
 
 def has_bf16():
     """Whether the hardware multiplies in bf16, as the script decides it but without its allocator."""
-    cpu = torch.cpu.get_capabilities()
-    return torch.cuda.is_available() or bool(cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
+    return torch.cuda.is_available() or script.cpu_has_bf16()
 
 
 class Clock(TrainerCallback):

@@ -84,21 +84,27 @@ def test_the_command_writes_rows_that_the_script_reads(run_tool, checkout, name)
     assert texts[0].startswith("<s> [INST] <<SYS>> You are ")
 
 
+@pytest.fixture
+def expect_refusal(run_tool, capsys, checkout):
+    """A function: converting the checkout to `out` must end with 2 and this one line, and write nothing."""
+
+    def expect(out, line):
+        with pytest.raises(SystemExit) as stop:
+            run_tool(make_medquad, checkout, out)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == line
+        assert not out.exists()
+
+    return expect
+
+
 @pytest.mark.parametrize("missing", ["1_CancerGov_QA", "9_CDC_QA"])
-def test_a_checkout_without_one_of_its_folders_ends_with_one_line(run_tool, capsys, checkout, missing):
+def test_a_checkout_without_one_of_its_folders_ends_with_one_line(expect_refusal, checkout, missing):
     shutil.rmtree(checkout / missing)
-    out = checkout / "rows.jsonl"
-    with pytest.raises(SystemExit) as stop:
-        run_tool(make_medquad, checkout, out)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"{checkout} is no MedQuAD checkout: no XML files in {missing}\n"
-    assert not out.exists()
+    line = f"{checkout} is no MedQuAD checkout: no XML files in {missing}\n"
+    expect_refusal(checkout / "rows.jsonl", line)
 
 
-def test_a_file_of_another_kind_is_not_written(run_tool, capsys, checkout):
+def test_a_file_of_another_kind_is_not_written(expect_refusal, checkout):
     out = checkout / "rows.csv"
-    with pytest.raises(SystemExit) as stop:
-        run_tool(make_medquad, checkout, out)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"{out} ends in neither .jsonl nor .jsonl.gz\n"
-    assert not out.exists()
+    expect_refusal(out, f"{out} ends in neither .jsonl nor .jsonl.gz\n")
