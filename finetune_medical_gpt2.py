@@ -19,6 +19,7 @@ what the models write is medical advice.
 """
 
 import contextlib
+import copy
 import ctypes
 import errno
 import functools
@@ -89,6 +90,7 @@ from transformers import (
     ProgressCallback,
     TrainerCallback,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
@@ -643,23 +645,27 @@ def inference(model):
         model.train(was_training)
 
 
-def label_nll(model, input_ids, labels, plain_head):
+def label_nll(model, input_ids, labels, plain_head, cache=None):
     """NLL in nats of the labels: the forward pass of scoring and, on a CPU, of training.
 
     input_ids and labels (rows, tokens) -> (rows, tokens - 1), as the first token is not predicted;
     0 where the label is -100. There is no padding mask: rows are padded on the right, where a causal
-    model doesn't see it. With a plain head (see Speed) the logits are never all in memory.
+    model doesn't see it. `cache` holds what comes before (see run_start). With a plain head (see
+    Speed) the logits are never all in memory.
     """
     labels = labels[:, 1:]
     live = labels != -100
+    inputs = {"input_ids": input_ids, "use_cache": cache is not None}
+    if cache is not None:
+        inputs["past_key_values"] = cache
     if plain_head:
-        output = model.base_model(input_ids, use_cache=False)
+        output = model.base_model(**inputs)
         hidden = output[0][:, :-1]  # (rows, tokens - 1, d): the last position predicts nothing
         weight = model.get_output_embeddings().weight
         nll = ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
     else:
         # not model.forward, which in training is this very function (see loss_or_logits)
-        logits = type(model).forward(model, input_ids, use_cache=False).logits[:, :-1]
+        logits = type(model).forward(model, **inputs).logits[:, :-1]
         nll = F.cross_entropy(logits[live].float(), labels[live], reduction="none")
     return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
 
@@ -690,15 +696,19 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     scores = []
     with inference(base), progress_bar(progress, len(mine), " rows") as bar:
+        start = os.path.commonprefix([row.ids for row in rows])  # the system prompt: it is run once
+        start_nll, cache = run_start(base, start, plain_head)
+        known = len(start_nll)  # tokens in the cache
+        step = shape_step(base.get_output_embeddings().weight.dtype)
         for batch in batches:
             # never beyond max_length, which may be the whole context of the model
-            longest = max(len(rows[batch[0]].ids), 1)
-            width = min(max_length, round_up(longest))
-            labels = pad_right([rows[i].ids for i in batch], width, base.device)
+            longest = max(len(rows[batch[0]].ids) - known, 1)
+            width = min(max_length - known, round_up(longest, step))
+            labels = pad_right([rows[i].ids[known:] for i in batch], width, base.device)
             # a row's input is its labels, with any token where the padding is
-            batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
-            for i, nll in zip(batch, batch_nll, strict=True):
-                nll = nll[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
+            batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head, repeat_cache(cache, len(batch)))
+            for i, nll in zip(batch, batch_nll.cpu().double(), strict=True):
+                nll = torch.cat([start_nll, nll])[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
                 answer = nll[max(rows[i].first - 1, 0) :]
                 score = (nll.sum().item(), len(nll), answer.sum().item(), len(answer), rows[i].answer_bytes)
                 scores.append((i, score))
@@ -994,12 +1004,15 @@ def check_model(model, tokenizer):
 # Speed. Skip it at a first reading: but for rounding, nothing here changes what is computed.
 
 CHUNK = 1024  # positions whose logits are in memory at a time
-SHAPE_STEP = 64  # row lengths are padded to multiples: on a CPU each new shape costs a new kernel
 
 
-def round_up(length):
-    """The next multiple of SHAPE_STEP."""
-    return math.ceil(length / SHAPE_STEP) * SHAPE_STEP
+def shape_step(dtype):
+    """Rows are padded to multiples of so many tokens: in bf16, each new shape costs a CPU a new kernel."""
+    return 64 if dtype == torch.bfloat16 else 8
+
+
+def round_up(length, step):
+    return math.ceil(length / step) * step
 
 
 def speed_up(model, precision):
@@ -1039,6 +1052,30 @@ def has_plain_head(model):
     return torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2)
 
 
+def run_start(model, start, plain_head):
+    """Run the tokens that all rows begin with, but for the last -> (NLL of those after the first, cache).
+
+    The last is left for the rows themselves, whose first token is not predicted. Models that remember
+    otherwise than by the keys and values of every token have no cache here: ([], None).
+    """
+    nothing = torch.zeros(0, dtype=torch.float64), None
+    if len(start) < 2:
+        return nothing
+    ids = torch.tensor([start], device=model.device)
+    cache = model.base_model(ids[:, :-1], use_cache=True).get("past_key_values")
+    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return nothing
+    return label_nll(model, ids, ids, plain_head)[0].cpu().double(), cache
+
+
+def repeat_cache(cache, rows):
+    """A copy of a cache of one row, for as many rows: a forward pass writes into it."""
+    cache = copy.deepcopy(cache)
+    if cache is not None:
+        cache.batch_repeat_interleave(rows)
+    return cache
+
+
 class ChunkedNLL(torch.autograd.Function):
     """Cross-entropy under a frozen LM head, CHUNK positions at a time.
 
@@ -1050,7 +1087,7 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         n = len(labels)
-        spare = round_up(n) - n  # n is another in every batch
+        spare = round_up(n, shape_step(weight.dtype)) - n  # n is another in every batch
         hidden = F.pad(hidden, (0, 0, 0, spare))
         labels = F.pad(labels, (0, spare))
         nll, gradients = [], []
@@ -1343,7 +1380,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         bf16=machine.precision == "bf16",
         fp16=machine.precision == "fp16",
         gradient_checkpointing=needs_checkpointing(model, batch_size, cfg.MAX_LENGTH),
-        pad_to_multiple_of=math.gcd(SHAPE_STEP, cfg.MAX_LENGTH),
+        pad_to_multiple_of=math.gcd(shape_step(model.get_output_embeddings().weight.dtype), cfg.MAX_LENGTH),
         dataloader_pin_memory=machine.device == "cuda",
         ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
     )

@@ -109,6 +109,7 @@ def measure_training(variant, steps, texts=None):
     if "own loss" in variant:
         trainer_class, more = script.LoRATrainer, {"validate": None}
         rows = 4 if "4 x 4" in variant or torch.cuda.is_available() else 1  # as fine_tune has it
+    model = make_model(variant)
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps + 1,
@@ -125,10 +126,10 @@ def measure_training(variant, steps, texts=None):
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1000,
-        pad_to_multiple_of=script.SHAPE_STEP if "own loss" in variant else None,
+        pad_to_multiple_of=script.shape_step(model.lm_head.weight.dtype) if "own loss" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
-    model, clock = make_model(variant), Clock()
+    clock = Clock()
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **more
     )

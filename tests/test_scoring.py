@@ -49,9 +49,13 @@ def test_known_logits_give_the_perplexity_computed_by_hand(tiny, precision, offs
     assert scores["bits_per_byte"] == pytest.approx(answer_nll / math.log(2) / len(answer.encode()), rel=tolerance)
 
 
-def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows):
+# Rows that begin alike go on from what is run once; others are run whole.
+@pytest.mark.parametrize(
+    "others", [[], ["What is Water? [/INST] It is wet. </s>"]], ids=["one system prompt", "several"]
+)
+def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows, others):
     model, tokenizer = tiny
-    texts = [*rows[1][:8], "What is Water? [/INST] It is wet. </s>"]
+    texts = rows[1][: 8 - len(others)] + others
     nll, answer_nll, means, tokens, answer_tokens = [], [], [], 0, 0
     for text in texts:
         ids = tokenizer(text, truncation=True, max_length=300)["input_ids"]
