@@ -70,7 +70,6 @@ import jinja2
 import numpy as np
 import pandas
 import psutil
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
@@ -185,21 +184,20 @@ class HubUnreachable(Exception):
 
 def on_first(function):
     """What `function` returns on the first process, for every process; or what it raises there."""
-    result = error = shared = None
+    result = error = None
     if PartialState().is_main_process:
         try:
             result = function()
         except Exception as raised:
-            error = shared = raised
-            # what is sent to the others must be picklable, which not every exception is
-            if not isinstance(error, InputError | HubUnreachable):
-                shared = RuntimeError(f"on the first process: {error!r}")
+            error = raised
+    # what is sent to the others must be picklable, which not every exception is
+    shared = error
+    if not isinstance(error, InputError | HubUnreachable | None):
+        shared = RuntimeError(f"on the first process: {error!r}")
     # Also after an error: processes that the first doesn't answer would wait for it for hours.
     result, shared = broadcast_object_list([result, shared])
-    if error is not None:
-        raise error
     if shared is not None:
-        raise shared
+        raise error or shared
     return result
 
 
@@ -229,8 +227,8 @@ def progress_bar(label, total, unit):
 def last_line(error):
     """The last line of what an exception says, of its innermost cause."""
     # libraries wrap the true reason (no such host, no space) in general words
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    while cause := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = cause
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
 
@@ -251,16 +249,6 @@ def load_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def write_folder(folder, *savers):
-    """Let `savers`, functions of a path, write a folder that appears whole or not at all."""
-    part = Path(f"{folder}.tmp")
-    shutil.rmtree(part, ignore_errors=True)  # what an earlier kill left of it
-    for save in savers:
-        save(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
 
 
 def kept(path, make, depends_on):
@@ -295,13 +283,11 @@ def is_local(kind, name):
     A folder that only happens to be called like a Hub id doesn't count: `gpt2` without a model in it.
     """
     path = Path(name).expanduser()
-    if not HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name) or ("/" in name and path.is_dir()):
         return True
-    if kind == "model" and (path / "config.json").is_file():
-        return True
-    if kind == "dataset" and (path.is_file() or DATA_FILE.search(name)):
-        return True
-    return "/" in name and path.is_dir()
+    if kind == "model":
+        return (path / "config.json").is_file()
+    return path.is_file() or DATA_FILE.search(name) is not None
 
 
 def short_name(name):
@@ -327,9 +313,8 @@ def ask_hub(kind, name, revision):
         if status in (401, 403):
             raise InputError(f"{constant}_NAME: the Hub refuses {name!r} ({status}); `hf auth login`") from error
         return f"it answered {status}"
-    except (huggingface_hub.utils.httpx.RequestError, hub_errors.OfflineModeIsEnabled) as error:
-        return f"{type(error).__name__}: {last_line(error)}"
-    except ValueError as error:  # the answer is no JSON: a hotel's login page, say
+    # ValueError: the answer is no JSON, but a hotel's login page, say
+    except (huggingface_hub.utils.httpx.RequestError, hub_errors.OfflineModeIsEnabled, ValueError) as error:
         return f"{type(error).__name__}: {last_line(error)}"
     return None
 
@@ -434,68 +419,44 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     return speed_up(model.requires_grad_(False).to(device), precision)
 
 
-def not_json(line, error):
-    return InputError(f"line {line}: not JSON ({error.msg}); mend or remove it")
-
-
 def parse_json(text):
-    """The values in a text of JSON lines, or of one JSON value that spans several lines."""
+    """The values in a text of JSON lines; of one value over several lines, that one."""
+    decoder = json.JSONDecoder()
+    not_space = re.compile(r"\S")
     values = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if values:
-                raise not_json(number, error) from error
-            break  # not even the first line is a value by itself
-    if values or not text.strip():
-        return values
-    try:
-        return [json.loads(text)]
-    except json.JSONDecodeError as error:
-        raise not_json(error.lineno, error) from error
+    end = 0
+    while begin := not_space.search(text, end):
+        value, end = decoder.raw_decode(text, begin.start())
+        values.append(value)
+    return values
 
 
-def read_json(content):
-    """(columns, texts) of JSON lines, of one array of rows, or of one object of columns, as bytes."""
+def read_json(file):
+    """{column: values} of JSON lines, of one array of rows, or of one object of columns."""
+    content = file.read()
     rows = parse_json(content.decode(json.detect_encoding(content)))
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = rows[0]
-    if len(rows) == 1 and isinstance(rows[0], dict):
-        texts = rows[0].get("text")
-        if isinstance(texts, dict):  # as pandas' DataFrame.to_json writes a table
-            texts = list(texts.values())
-        if isinstance(texts, list):
-            return list(rows[0]), texts
     rows = [row if isinstance(row, dict) else {} for row in rows]
     columns = sorted({column for row in rows for column in row})
-    return columns, [row.get("text") for row in rows]
+    table = {column: [row.get(column) for row in rows] for column in columns}
+    if len(rows) == 1:
+        # a single object may be a whole table; in pandas' DataFrame.to_json its columns are objects, too
+        texts = rows[0].get("text")
+        if isinstance(texts, dict):
+            texts = list(texts.values())
+        if isinstance(texts, list):
+            table["text"] = texts
+    return table
 
 
-def read_csv(content):
-    """(columns, texts) of a CSV file's bytes; the other columns are not even looked at."""
-    columns = pandas.read_csv(io.BytesIO(content), nrows=0, encoding="utf-8-sig").columns.tolist()
-    if "text" not in columns:
-        return columns, []
+READERS = {
+    ".jsonl": read_json,
+    ".json": read_json,
     # as text: an article that reads "NA" or "007" is neither missing nor a number
-    table = pandas.read_csv(
-        io.BytesIO(content), usecols=["text"], dtype=str, keep_default_na=False, encoding="utf-8-sig"
-    )
-    return columns, table["text"].tolist()
-
-
-def read_parquet(content):
-    """(columns, texts) of a Parquet file's bytes."""
-    columns = pyarrow.parquet.read_schema(io.BytesIO(content)).names
-    if "text" not in columns:
-        return columns, []
-    table = pyarrow.parquet.read_table(io.BytesIO(content), columns=["text"])
-    return columns, table["text"].to_pylist()
-
-
-READERS = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}
+    ".csv": functools.partial(pandas.read_csv, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
+    ".parquet": pandas.read_parquet,
+}
 
 
 def read_texts(path):
@@ -514,22 +475,21 @@ def read_texts(path):
     try:
         if path.is_dir():
             data = datasets.load_dataset(str(path), split="train")
-            columns = data.column_names
-            texts = data["text"][:] if "text" in columns else []
+            table = {column: data[column] for column in data.column_names}  # none is read yet
         else:
             content = path.read_bytes()
             if path.suffix == ".gz":
                 content = gzip.decompress(content)
-            columns, texts = READERS[kind](content)
-    except InputError as error:
-        raise InputError(f"DATASET_NAME: {path}, {error}") from error
+            table = READERS[kind](io.BytesIO(content))
+    except json.JSONDecodeError as error:
+        where = f"{path}, line {error.lineno}"
+        raise InputError(f"DATASET_NAME: {where}: not JSON ({error.msg}); mend or remove it") from error
     except Exception as error:
         what = kind.removeprefix(".") or "a data set"
         raise InputError(f"DATASET_NAME: {path} can't be read as {what}: {last_line(error)}") from error
-    if "text" not in columns:
-        found = ", ".join(columns) or "no rows"
-        raise InputError(f"DATASET_NAME: {path} has no column `text`, only {found}")
-    return texts
+    if "text" not in table:
+        raise InputError(f"DATASET_NAME: {path} has no column `text`, only {', '.join(table) or 'no rows'}")
+    return list(table["text"][:])
 
 
 def format_prompt(question):
@@ -722,14 +682,12 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     return np.array([score for _, score in scores], dtype=np.float64).reshape(-1, 5)
 
 
-def bootstrap_ci95(statistic, n):
-    """95 % interval of statistic(weights) over seeded resamplings of n rows.
-
-    weights (1000, n) count how often each row was drawn; the statistic has one value for each line.
-    """
-    # a fixed seed: the same scores give the same interval
+def bootstrap_ci95(sums, counts):
+    """95 % interval of sum(sums) / sum(counts), which have an element for each row, over resamplings of the rows."""
+    n = len(sums)
+    # (1000, n): how often each row is drawn; with a fixed seed, so that the same scores give the same interval
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
-    return np.percentile(statistic(weights), (2.5, 97.5)).tolist()
+    return np.percentile((weights @ sums) / (weights @ counts), (2.5, 97.5))
 
 
 def summarize_scores(scores):
@@ -756,7 +714,7 @@ def summarize_scores(scores):
         summary["answer"] = math.exp(nll.sum() / tokens.sum())
         summary["bits_per_byte"] = float(nll.sum() / math.log(2) / answered[:, ANSWER_BYTES].sum())
         # a row's loss and its tokens are drawn together: a long row weighs more in both
-        summary["answer_ci95"] = bootstrap_ci95(lambda weights: np.exp((weights @ nll) / (weights @ tokens)), len(nll))
+        summary["answer_ci95"] = np.exp(bootstrap_ci95(nll, tokens)).tolist()
     return summary
 
 
@@ -785,8 +743,7 @@ def paired_change(before, after):
 
 def mean_with_ci95(values):
     """The mean of one value for each row, with its bootstrap interval over rows."""
-    interval = bootstrap_ci95(lambda weights: (weights @ values) / len(values), len(values))
-    return {"mean": float(np.mean(values)), "ci95": interval}
+    return {"mean": float(np.mean(values)), "ci95": bootstrap_ci95(values, np.ones(len(values))).tolist()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -858,9 +815,7 @@ def summarize_titles(losses):
 
 def compare_titles(before, after):
     """What `score_titles` found before and after, and the change of the gain, each article against itself."""
-    change = None
-    if before:
-        change = mean_with_ci95(title_gains(after) - title_gains(before))
+    change = mean_with_ci95(title_gains(after) - title_gains(before)) if before else None
     return {"before": summarize_titles(before), "after": summarize_titles(after), "gain_change": change}
 
 
@@ -902,15 +857,14 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     prompts = pad_left(tokenizer, [format_prompt(question) for question in questions], base.device)
-    sampling = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 50}
     # Complete, as nothing is inherited: load_model empties the model's own generation config.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_k=50,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
     )
     width = prompts["input_ids"].shape[1]
     bar = progress_bar(progress, max_new_tokens, " tokens")
@@ -1419,8 +1373,8 @@ def save_adapter(model, tokenizer, folder, base_name):
     """Write the adapter and its tokenizer; it names its base as the user does, not a cache's folder."""
     model.peft_config["default"].base_model_name_or_path = base_name
     # without the embeddings, which PEFT would ask the Hub about and no adapter here changes
-    save_weights = functools.partial(model.save_pretrained, save_embedding_layers=False)
-    write_folder(folder, save_weights, tokenizer.save_pretrained)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
 
 
 def count_parameters(model):
@@ -1501,6 +1455,7 @@ MEASURES = {
     "seed_protocol": "reference protocol",  # the project that is redone here is called its seed
     "bits_per_byte": "answers, bits per byte",
 }
+LOSS_ON = {True: "all tokens", False: "the answers only"}  # by TRAIN_ON_PROMPT: what the training loss is over
 BEFORE_COLOR, AFTER_COLOR = "#999999", "#0072B2"
 
 
@@ -1513,17 +1468,14 @@ def percent_change(before, after):
     return f"{100 * (after / before - 1):+.0f} %"
 
 
-def loss_scope(settings):
-    """What the training loss is over, in words."""
-    return "all tokens" if settings["TRAIN_ON_PROMPT"] else "the answers only"
-
-
-def save_figure(fig, path):
-    """Write a figure that appears whole or not at all."""
-    for ax in fig.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(f"{path}.tmp", format="png", dpi=150)
-    os.replace(f"{path}.tmp", path)
+def new_plot(title, xlabel):
+    """A figure with one empty plot -> (fig, ax)."""
+    fig = Figure(figsize=(9, 5.4), layout="tight")
+    ax = fig.subplots()
+    ax.set_title(title, parse_math=False)  # a `$` in a file's name begins no formula
+    ax.set_xlabel(xlabel)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig, ax
 
 
 def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all tokens"):
@@ -1531,59 +1483,45 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all t
 
     A training loss is the mean since the one logged before, and stands in the middle of its window.
     """
-    training, validation, answers = [], [], []
-    last_step = 0
-    for entry in log_history:
-        if "loss" in entry:
-            training.append(((last_step + entry["step"]) / 2, entry["loss"]))
-            last_step = entry["step"]
-        if "eval_loss" in entry:
-            validation.append((entry["step"], entry["eval_loss"]))
-        if "eval_answer_loss" in entry:
-            answers.append((entry["step"], entry["eval_answer_loss"]))
-
-    fig = Figure(figsize=(9, 5.4), layout="tight")
-    ax = fig.subplots()
-    curves = [
-        (validation, f"validation, {loss_on}", "#D55E00", "o-", 1.2),
-        (training, f"training, {loss_on}", "#999999", ".-", 1.2),
-    ]
-    if loss_on == "all tokens":  # else the answers' curve is the validation's
-        curves.insert(0, (answers, "validation, answers only", AFTER_COLOR, "o-", 2.5))
-    for points, label, color, style, width in curves:
+    curves = {
+        "eval_answer_loss": ("validation, answers only", AFTER_COLOR, "o-", 2.5),
+        "eval_loss": (f"validation, {loss_on}", "#D55E00", "o-", 1.2),
+        "loss": (f"training, {loss_on}", BEFORE_COLOR, ".-", 1.2),
+    }
+    if loss_on != "all tokens":
+        del curves["eval_answer_loss"]  # it is the validation's
+    fig, ax = new_plot(title, "optimizer step (0: the base model)")
+    for name, (label, color, style, width) in curves.items():
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
         if not points:
             continue
-        first, last = points[0][1], points[-1][1]
-        label = f"{label}: {first:.2f} to {last:.2f}"
-        ax.plot(*zip(*points, strict=True), style, color=color, linewidth=width, label=label)
-    ax.set_title(title, parse_math=False)
-    ax.set_xlabel("optimizer step (0: the base model)")
+        steps, losses = np.array(points).T
+        if name == "loss":
+            steps = steps - np.diff(steps, prepend=0) / 2
+        label = f"{label}: {losses[0]:.2f} to {losses[-1]:.2f}"
+        ax.plot(steps, losses, style, color=color, linewidth=width, label=label)
     ax.set_ylabel("loss (nats per token)")
     ax.grid(alpha=0.3)
     if ax.lines:
         ax.legend()
-    save_figure(fig, path)
+    fig.savefig(path, format="png", dpi=150)
 
 
 def plot_perplexity(before, after, path, *, title="Perplexity on held-out text"):
     """Bars before and after: the answers' with their 95 % interval, and thin ones of whole rows."""
-    labels = {
-        "answer": "answers only\n(95 % interval)",
-        "full_text": "full text,\nprompts too",
-        "seed_protocol": "reference protocol,\nprompts too",
+    # label, height, opacity, font size: the measure to look at is tall and dark, the others step back
+    measures = {
+        "answer": ("answers only\n(95 % interval)", 1.0, 1.0, 14),
+        "full_text": ("full text,\nprompts too", 0.4, 0.4, 10),
+        "seed_protocol": ("reference protocol,\nprompts too", 0.4, 0.4, 10),
     }
-    measures = [name for name in labels if before[name]]
-    fig = Figure(figsize=(9, 5.4), layout="tight")
-    ax = fig.subplots()
+    fig, ax = new_plot(title, "perplexity (lower is better)")
     top = 0.0
-    ticks = []
-    for name in measures:
-        # the measure to look at is tall and dark, the others step back
-        if name == "answer":
-            height, alpha, size = 1.0, 1.0, 14
-        else:
-            height, alpha, size = 0.4, 0.4, 10
-        ticks.append(top + height)
+    ticks = {}
+    for name, (label, height, alpha, size) in measures.items():
+        if not before[name]:
+            continue
+        ticks[top + height] = label  # between the two bars
         for when, scores, color in (("before", before, BEFORE_COLOR), ("after", after, AFTER_COLOR)):
             value = end = scores[name]
             middle = top + height / 2
@@ -1597,12 +1535,10 @@ def plot_perplexity(before, after, path, *, title="Perplexity on held-out text")
             ax.annotate(text, (end, middle), (6, 0), textcoords="offset points", va="center", fontsize=size)
             top += height
         top += 0.6
-    ax.set_title(title, parse_math=False)
-    ax.set_xlabel("perplexity (lower is better)")
-    ax.set_yticks(ticks, [labels[name] for name in measures])
+    ax.set_yticks(list(ticks), list(ticks.values()))
     ax.invert_yaxis()
     ax.margins(x=0.25)
-    save_figure(fig, path)
+    fig.savefig(path, format="png", dpi=150)
 
 
 REPORT = """\
@@ -1859,7 +1795,7 @@ def render_report(results, adapter_folder):
         general=perplexity["general"],
         measures=MEASURES,
         losses=losses,
-        loss_on=loss_scope(settings),
+        loss_on=LOSS_ON[settings["TRAIN_ON_PROMPT"]],
         rows_per_step=rows_per_step * results["hardware"]["processes"],
         version_list=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         adapter_folder=adapter_folder,
@@ -1909,31 +1845,23 @@ def write_model_card(results, folder):
 # Settings, machine, folder, errors
 
 
-def is_text(value):
-    return isinstance(value, str) and value.strip() != ""
-
-
-def are_texts(values):
-    return len(values) > 0 and all(is_text(value) for value in values)
+def are_texts(*values):
+    return len(values) > 0 and all(isinstance(value, str) and value.strip() for value in values)
 
 
 def is_whole(value, least=1):
     return type(value) is int and least <= value < 2**31  # type(), as True is an int, too
 
 
-def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
-
-
-def is_share(value):
-    return is_number(value) and value < 1
+def is_number(value, below=math.inf):
+    return type(value) in (int, float) and 0 <= value < below  # which neither NaN nor infinity is
 
 
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # What a value must be, as the error says it -> (a test of the value, the constants that must pass it).
 RULES = {
-    "a name": (is_text, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
-    "None, or a commit, tag or branch": (lambda x: x is None or is_text(x), "MODEL_REVISION DATASET_REVISION"),
+    "a name": (are_texts, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
+    "None, or a commit, tag or branch": (lambda x: x is None or are_texts(x), "MODEL_REVISION DATASET_REVISION"),
     "True or False": (lambda x: isinstance(x, bool), "OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED"),
     "a whole number from 1": (
         is_whole,
@@ -1944,15 +1872,15 @@ RULES = {
     "-1, or a whole number from 1": (lambda x: is_whole(x) or x == -1, "MAX_STEPS"),
     "a number above 0": (lambda x: is_number(x) and x > 0, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
     "a number from 0": (is_number, "MAX_GRAD_NORM TEMPERATURE"),
-    "a share between 0 and 1, such as 0.1": (lambda x: is_share(x) and x > 0, "TEST_SIZE"),
-    "a share from 0 to below 1": (is_share, "LORA_DROPOUT WARMUP_RATIO"),
-    "None, or a share from 0 to below 1": (lambda x: x is None or is_share(x), "BASE_DROPOUT"),
+    "a share between 0 and 1, such as 0.1": (lambda x: is_number(x, below=1) and x > 0, "TEST_SIZE"),
+    "a share from 0 to below 1": (lambda x: is_number(x, below=1), "LORA_DROPOUT WARMUP_RATIO"),
+    "None, or a share from 0 to below 1": (lambda x: x is None or is_number(x, below=1), "BASE_DROPOUT"),
     "None, a name, or a list of names of modules": (
-        lambda x: x is None or is_text(x) or (isinstance(x, list) and are_texts(x)),
+        lambda x: x is None or are_texts(*(x if isinstance(x, list) else [x])),
         "LORA_TARGET_MODULES",
     ),
     "a dict {topic: question} with at least one question": (
-        lambda x: isinstance(x, dict) and are_texts([*x, *x.values()]),
+        lambda x: isinstance(x, dict) and are_texts(*x, *x.values()),
         "QUESTIONS",
     ),
     " or ".join(map(repr, TRACKERS)): (lambda x: x in TRACKERS, "REPORT_TO"),
@@ -2054,7 +1982,10 @@ def run_folder(cfg, model_path, commit, train, held_out):
     model = commit
     if model is None:
         files = [x for x in model_path.iterdir() if x.suffix in (".json", ".safetensors", ".txt", ".model")]
-        model = {path.name: sha256(path) for path in sorted(files)}
+        model = {}
+        for path in sorted(files):
+            with open(path, "rb") as file:
+                model[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     # The rows of a step may be cut otherwise: what halves BATCH_SIZE for lack of memory goes on where it was.
     cut = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
     identity = {
@@ -2069,11 +2000,6 @@ def run_folder(cfg, model_path, commit, train, held_out):
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(cfg.MODEL_NAME).name)
     return Path(cfg.OUTPUT_DIR).expanduser() / f"{name}-{key}"
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_finished(run, cfg):
@@ -2251,7 +2177,10 @@ def compare_answers(cfg, tokenizer, before, after):
 def save_merged(model_path, adapter, tokenizer, folder):
     """Write a plain model folder, with the adapter merged into the fp32 weights."""
     model = PeftModel.from_pretrained(load_model(model_path), str(adapter)).merge_and_unload()
-    write_folder(folder, model.save_pretrained, tokenizer.save_pretrained)
+    part = Path(f"{folder}.tmp")  # whole or not at all: what has this name counts as finished
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
 
 
 def write_products(results, run):
@@ -2259,19 +2188,11 @@ def write_products(results, run):
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
     if results["offline_fallback"]:
         title += " (offline default)"
-    perplexity = results["perplexity"]
-    plot_training_loss(
-        results["training"]["log_history"],
-        run / "training_loss.png",
-        title=f"LoRA fine-tuning of {title}",
-        loss_on=loss_scope(results["settings"]),
-    )
-    plot_perplexity(
-        perplexity["before"],
-        perplexity["after"],
-        run / "perplexity_comparison.png",
-        title=f"{results['data']['test_rows']:,} held-out rows: {title}",
-    )
+    history, loss_on = results["training"]["log_history"], LOSS_ON[results["settings"]["TRAIN_ON_PROMPT"]]
+    plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}", loss_on=loss_on)
+    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
+    title = f"{results['data']['test_rows']:,} held-out rows: {title}"
+    plot_perplexity(before, after, run / "perplexity_comparison.png", title=title)
     write_model_card(results, run / "adapter")
     write_report(results, run / "report.md")
 
