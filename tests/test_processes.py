@@ -53,7 +53,7 @@ def run_main_killed(constants, moment, written):
 MOMENTS = [
     ("before-scores", True),
     ("before-answers", True),
-    ("checkpoint-10", False),  # the state is a checkpoint's last file
+    ("checkpoint-2", False),  # the state is a checkpoint's last file
     ("training.json", True),
     ("after-scores", True),
     ("results.json", False),
@@ -61,7 +61,7 @@ MOMENTS = [
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 12, "DATASET_NAME": str(few_rows)}
+    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 2, "LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
     set_constants(monkeypatch, tmp_path / "undisturbed", **changes)
     undisturbed = script.main()
     constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "killed")}

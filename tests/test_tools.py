@@ -64,8 +64,8 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_
     for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
         monkeypatch.setattr(script, name, getattr(script, name))
     monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
-    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--output-dir", tmp_path / "out")
-    output = run_tool(ablation, TINY, few_rows, *options)
+    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 240)
+    output = run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out")
     (table,) = tables(output)
     untouched, variant = table
     assert [untouched[0], variant[0]] == ["untouched model", "learning rate 3e-3"]
