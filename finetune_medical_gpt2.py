@@ -70,6 +70,7 @@ import jinja2
 import numpy as np
 import pandas
 import psutil
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 import transformers
@@ -197,7 +198,7 @@ def on_first(function):
     # Also after an error: processes that the first doesn't answer would wait for it for hours.
     result, shared = broadcast_object_list([result, shared])
     if shared is not None:
-        raise error or shared
+        raise error or shared  # the first process its own
     return result
 
 
@@ -419,27 +420,41 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     return speed_up(model.requires_grad_(False).to(device), precision)
 
 
+def not_json(line, error):
+    return InputError(f"line {line}: not JSON ({error.msg}); mend or remove it")
+
+
 def parse_json(text):
-    """The values in a text of JSON lines; of one value over several lines, that one."""
-    decoder = json.JSONDecoder()
-    not_space = re.compile(r"\S")
+    """The values in JSON lines; where one value spans several lines, that one."""
+    try:
+        return [json.loads(text)]
+    except json.JSONDecodeError as error:
+        whole_error = error  # of several lines, or of what is no JSON at all
     values = []
-    end = 0
-    while begin := not_space.search(text, end):
-        value, end = decoder.raw_decode(text, begin.start())
-        values.append(value)
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if values:
+                raise not_json(number, error) from error
+            break  # not even the first line is a value by itself
+    if text.strip() and not values:
+        raise not_json(whole_error.lineno, whole_error) from whole_error
     return values
 
 
 def read_json(file):
-    """{column: values} of JSON lines, of one array of rows, or of one object of columns."""
+    """{column: values} of JSON lines, of one array of rows, or of one object of columns; values of `text` alone."""
     content = file.read()
     rows = parse_json(content.decode(json.detect_encoding(content)))
     if len(rows) == 1 and isinstance(rows[0], list):
         rows = rows[0]
     rows = [row if isinstance(row, dict) else {} for row in rows]
-    columns = sorted({column for row in rows for column in row})
-    table = {column: [row.get(column) for row in rows] for column in columns}
+    table = dict.fromkeys(sorted({column for row in rows for column in row}))
+    if "text" in table:
+        table["text"] = [row.get("text") for row in rows]
     if len(rows) == 1:
         # a single object may be a whole table; in pandas' DataFrame.to_json its columns are objects, too
         texts = rows[0].get("text")
@@ -454,8 +469,9 @@ READERS = {
     ".jsonl": read_json,
     ".json": read_json,
     # as text: an article that reads "NA" or "007" is neither missing nor a number
-    ".csv": functools.partial(pandas.read_csv, dtype=str, keep_default_na=False, encoding="utf-8-sig"),
-    ".parquet": pandas.read_parquet,
+    ".csv": functools.partial(pandas.read_csv, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"),
+    # all columns are columns: what pandas wrote as its index is one, too
+    ".parquet": lambda file: pyarrow.parquet.read_table(file).to_pandas(ignore_metadata=True),
 }
 
 
@@ -481,15 +497,14 @@ def read_texts(path):
             if path.suffix == ".gz":
                 content = gzip.decompress(content)
             table = READERS[kind](io.BytesIO(content))
-    except json.JSONDecodeError as error:
-        where = f"{path}, line {error.lineno}"
-        raise InputError(f"DATASET_NAME: {where}: not JSON ({error.msg}); mend or remove it") from error
+    except InputError as error:
+        raise InputError(f"DATASET_NAME: {path}, {error}") from error
     except Exception as error:
         what = kind.removeprefix(".") or "a data set"
         raise InputError(f"DATASET_NAME: {path} can't be read as {what}: {last_line(error)}") from error
     if "text" not in table:
         raise InputError(f"DATASET_NAME: {path} has no column `text`, only {', '.join(table) or 'no rows'}")
-    return list(table["text"][:])
+    return list(table["text"][:])  # [:], as a data set's column would read each row by itself
 
 
 def format_prompt(question):
@@ -595,11 +610,10 @@ NLL, TOKENS, ANSWER_NLL, ANSWER_TOKENS, ANSWER_BYTES = range(5)  # columns of wh
 def inference(model):
     """Within: the model in evaluation mode, without gradients; under autocast if it is in bf16."""
     was_training = model.training
-    # a model in fp32 stays in it: autocast would round what is to be measured
-    rounded = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=rounded):
+        # a model in fp32 stays in it: autocast would round what is to be measured
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_rounded(model)):
             yield
     finally:
         model.train(was_training)
@@ -640,8 +654,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     """Score every text once, shared out over the processes -> float64 array (len(texts), 5).
 
     Columns: NLL in nats and predicted tokens of the row, the same of its answer, and the UTF-8 bytes
-    of the answer scored. `progress` labels a progress bar. Raises InputError where the loss is not
-    finite.
+    of the answer scored. `progress` labels a bar. Raises InputError where the loss is not finite.
     """
     # The model that PEFT wraps: its layers hold the adapter, so this is the fine-tuned model.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -656,22 +669,18 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
     scores = []
     with inference(base), progress_bar(progress, len(mine), " rows") as bar:
-        start = os.path.commonprefix([row.ids for row in rows])  # the system prompt: it is run once
-        start_nll, cache = run_start(base, start, plain_head)
-        known = len(start_nll)  # tokens in the cache
-        step = shape_step(base.get_output_embeddings().weight.dtype)
+        # All rows begin with the same system prompt: it is run once, and each batch goes on from there.
+        start_nll, cache = run_start(base, rows, plain_head)
+        start_tokens = len(start_nll)  # in the cache
         for batch in batches:
             # never beyond max_length, which may be the whole context of the model
-            longest = max(len(rows[batch[0]].ids) - known, 1)
-            width = min(max_length - known, round_up(longest, step))
-            labels = pad_right([rows[i].ids[known:] for i in batch], width, base.device)
+            longest = max(len(rows[batch[0]].ids) - start_tokens, 1)
+            width = min(max_length - start_tokens, round_up(longest, is_rounded(base)))
+            labels = pad_right([rows[i].ids[start_tokens:] for i in batch], width, base.device)
             # a row's input is its labels, with any token where the padding is
             batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head, repeat_cache(cache, len(batch)))
             for i, nll in zip(batch, batch_nll.cpu().double(), strict=True):
-                nll = torch.cat([start_nll, nll])[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
-                answer = nll[max(rows[i].first - 1, 0) :]
-                score = (nll.sum().item(), len(nll), answer.sum().item(), len(answer), rows[i].answer_bytes)
-                scores.append((i, score))
+                scores.append((i, sum_row(rows[i], torch.cat([start_nll, nll]))))
             bar.update(len(batch))
 
     # checked after all have scored theirs, so that all processes end alike
@@ -680,6 +689,13 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
         if not math.isfinite(score[NLL]):
             raise InputError(f"the model's loss on row {i} is not finite: ...{texts[i][-50:]!r}")
     return np.array([score for _, score in scores], dtype=np.float64).reshape(-1, 5)
+
+
+def sum_row(row, nll):
+    """A line of `score_rows`, from the NLL of a row's tokens: nll[t] is that of token t + 1, or of padding."""
+    nll = nll[: max(len(row.ids) - 1, 0)]
+    answer = nll[max(row.first - 1, 0) :]
+    return nll.sum().item(), len(nll), answer.sum().item(), len(answer), row.answer_bytes
 
 
 def bootstrap_ci95(sums, counts):
@@ -861,7 +877,7 @@ def ask(model, tokenizer, questions, *, max_new_tokens, temperature, seed, progr
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        temperature=temperature or None,
+        temperature=temperature or None,  # at 0, greedily, there is none
         top_k=50,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -960,12 +976,14 @@ def check_model(model, tokenizer):
 CHUNK = 1024  # positions whose logits are in memory at a time
 
 
-def shape_step(dtype):
-    """Rows are padded to multiples of so many tokens: in bf16, each new shape costs a CPU a new kernel."""
-    return 64 if dtype == torch.bfloat16 else 8
+def is_rounded(model):
+    """Whether speed_up has rounded the model's matrices to bf16."""
+    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
 
 
-def round_up(length, step):
+def round_up(length, in_bf16):
+    """The length that rows are padded to: in bf16, each new shape costs a CPU a new kernel."""
+    step = 64 if in_bf16 else 8
     return math.ceil(length / step) * step
 
 
@@ -1006,28 +1024,33 @@ def has_plain_head(model):
     return torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2)
 
 
-def run_start(model, start, plain_head):
-    """Run the tokens that all rows begin with, but for the last -> (NLL of those after the first, cache).
+def run_start(model, rows, plain_head):
+    """Run the tokens that all Rows begin with, but for the last -> (NLL of those after the first, cache).
 
     The last is left for the rows themselves, whose first token is not predicted. Models that remember
     otherwise than by the keys and values of every token have no cache here: ([], None).
     """
     nothing = torch.zeros(0, dtype=torch.float64), None
+    start = os.path.commonprefix([row.ids for row in rows])
     if len(start) < 2:
         return nothing
+    # once for the cache, and once with the last token, for the loss
     ids = torch.tensor([start], device=model.device)
     cache = model.base_model(ids[:, :-1], use_cache=True).get("past_key_values")
-    if not isinstance(cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    if type(cache) is not DynamicCache or cache.get_seq_length() != len(start) - 1:
+        return nothing
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return nothing
     return label_nll(model, ids, ids, plain_head)[0].cpu().double(), cache
 
 
 def repeat_cache(cache, rows):
     """A copy of a cache of one row, for as many rows: a forward pass writes into it."""
-    cache = copy.deepcopy(cache)
-    if cache is not None:
-        cache.batch_repeat_interleave(rows)
-    return cache
+    if cache is None:
+        return None
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(rows)
+    return repeated
 
 
 class ChunkedNLL(torch.autograd.Function):
@@ -1041,7 +1064,7 @@ class ChunkedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels):
         n = len(labels)
-        spare = round_up(n, shape_step(weight.dtype)) - n  # n is another in every batch
+        spare = round_up(n, weight.dtype == torch.bfloat16) - n  # n is another in every batch
         hidden = F.pad(hidden, (0, 0, 0, spare))
         labels = F.pad(labels, (0, spare))
         nll, gradients = [], []
@@ -1334,7 +1357,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         bf16=machine.precision == "bf16",
         fp16=machine.precision == "fp16",
         gradient_checkpointing=needs_checkpointing(model, batch_size, cfg.MAX_LENGTH),
-        pad_to_multiple_of=math.gcd(shape_step(model.get_output_embeddings().weight.dtype), cfg.MAX_LENGTH),
+        pad_to_multiple_of=math.gcd(round_up(1, is_rounded(model)), cfg.MAX_LENGTH),
         dataloader_pin_memory=machine.device == "cuda",
         ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
     )
@@ -1486,7 +1509,7 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all t
     curves = {
         "eval_answer_loss": ("validation, answers only", AFTER_COLOR, "o-", 2.5),
         "eval_loss": (f"validation, {loss_on}", "#D55E00", "o-", 1.2),
-        "loss": (f"training, {loss_on}", BEFORE_COLOR, ".-", 1.2),
+        "loss": (f"training, {loss_on}", "#999999", ".-", 1.2),
     }
     if loss_on != "all tokens":
         del curves["eval_answer_loss"]  # it is the validation's
@@ -1497,7 +1520,7 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", loss_on="all t
             continue
         steps, losses = np.array(points).T
         if name == "loss":
-            steps = steps - np.diff(steps, prepend=0) / 2
+            steps = steps - np.diff(steps, prepend=0) / 2  # to the middle of its window
         label = f"{label}: {losses[0]:.2f} to {losses[-1]:.2f}"
         ax.plot(steps, losses, style, color=color, linewidth=width, label=label)
     ax.set_ylabel("loss (nats per token)")
@@ -1517,11 +1540,12 @@ def plot_perplexity(before, after, path, *, title="Perplexity on held-out text")
     }
     fig, ax = new_plot(title, "perplexity (lower is better)")
     top = 0.0
-    ticks = {}
+    ticks, tick_labels = [], []
     for name, (label, height, alpha, size) in measures.items():
         if not before[name]:
             continue
-        ticks[top + height] = label  # between the two bars
+        ticks.append(top + height)  # between the two bars
+        tick_labels.append(label)
         for when, scores, color in (("before", before, BEFORE_COLOR), ("after", after, AFTER_COLOR)):
             value = end = scores[name]
             middle = top + height / 2
@@ -1535,7 +1559,7 @@ def plot_perplexity(before, after, path, *, title="Perplexity on held-out text")
             ax.annotate(text, (end, middle), (6, 0), textcoords="offset points", va="center", fontsize=size)
             top += height
         top += 0.6
-    ax.set_yticks(list(ticks), list(ticks.values()))
+    ax.set_yticks(ticks, tick_labels)
     ax.invert_yaxis()
     ax.margins(x=0.25)
     fig.savefig(path, format="png", dpi=150)
@@ -1845,8 +1869,12 @@ def write_model_card(results, folder):
 # Settings, machine, folder, errors
 
 
-def are_texts(*values):
-    return len(values) > 0 and all(isinstance(value, str) and value.strip() for value in values)
+def is_text(value):
+    return isinstance(value, str) and value.strip() != ""
+
+
+def are_texts(values):
+    return len(values) > 0 and all(is_text(value) for value in values)
 
 
 def is_whole(value, least=1):
@@ -1860,8 +1888,8 @@ def is_number(value, below=math.inf):
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 # What a value must be, as the error says it -> (a test of the value, the constants that must pass it).
 RULES = {
-    "a name": (are_texts, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
-    "None, or a commit, tag or branch": (lambda x: x is None or are_texts(x), "MODEL_REVISION DATASET_REVISION"),
+    "a name": (is_text, "MODEL_NAME DATASET_NAME OUTPUT_DIR"),
+    "None, or a commit, tag or branch": (lambda x: x is None or is_text(x), "MODEL_REVISION DATASET_REVISION"),
     "True or False": (lambda x: isinstance(x, bool), "OFFLINE_FALLBACK TRAIN_ON_PROMPT DROP_EMPTY_ANSWERS SAVE_MERGED"),
     "a whole number from 1": (
         is_whole,
@@ -1876,11 +1904,11 @@ RULES = {
     "a share from 0 to below 1": (lambda x: is_number(x, below=1), "LORA_DROPOUT WARMUP_RATIO"),
     "None, or a share from 0 to below 1": (lambda x: x is None or is_number(x, below=1), "BASE_DROPOUT"),
     "None, a name, or a list of names of modules": (
-        lambda x: x is None or are_texts(*(x if isinstance(x, list) else [x])),
+        lambda x: x is None or is_text(x) or (isinstance(x, list) and are_texts(x)),
         "LORA_TARGET_MODULES",
     ),
     "a dict {topic: question} with at least one question": (
-        lambda x: isinstance(x, dict) and are_texts(*x, *x.values()),
+        lambda x: isinstance(x, dict) and are_texts([*x, *x.values()]),
         "QUESTIONS",
     ),
     " or ".join(map(repr, TRACKERS)): (lambda x: x in TRACKERS, "REPORT_TO"),
@@ -2188,11 +2216,18 @@ def write_products(results, run):
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
     if results["offline_fallback"]:
         title += " (offline default)"
-    history, loss_on = results["training"]["log_history"], LOSS_ON[results["settings"]["TRAIN_ON_PROMPT"]]
-    plot_training_loss(history, run / "training_loss.png", title=f"LoRA fine-tuning of {title}", loss_on=loss_on)
-    before, after = results["perplexity"]["before"], results["perplexity"]["after"]
-    title = f"{results['data']['test_rows']:,} held-out rows: {title}"
-    plot_perplexity(before, after, run / "perplexity_comparison.png", title=title)
+    plot_training_loss(
+        results["training"]["log_history"],
+        run / "training_loss.png",
+        title=f"LoRA fine-tuning of {title}",
+        loss_on=LOSS_ON[results["settings"]["TRAIN_ON_PROMPT"]],
+    )
+    plot_perplexity(
+        results["perplexity"]["before"],
+        results["perplexity"]["after"],
+        run / "perplexity_comparison.png",
+        title=f"{results['data']['test_rows']:,} held-out rows: {title}",
+    )
     write_model_card(results, run / "adapter")
     write_report(results, run / "report.md")
 

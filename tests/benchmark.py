@@ -126,7 +126,7 @@ def measure_training(variant, steps, texts=None):
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1000,
-        pad_to_multiple_of=script.shape_step(model.lm_head.weight.dtype) if "own loss" in variant else None,
+        pad_to_multiple_of=script.round_up(1, script.is_rounded(model)) if "own loss" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
     clock = Clock()

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import pandas
 import pytest
 from conftest import row
 from datasets import Dataset
@@ -88,6 +89,7 @@ READABLE_FILES = {
     "pandas' to_json": ("a.json", json.dumps({"text": dict(enumerate(ROWS))}).encode()),
     "a column of two types": ("a.jsonl", "\n".join(MIXED_JSON_LINES).encode()),
     "a column of two types in CSV": ("a.csv", "\n".join(MIXED_CSV).encode()),
+    "a delimiter at the end of each row": ("a.csv", CSV.replace('"\n', '",\n').encode()),
     "a name that is a pattern": ("a[2]*.csv", CSV.encode()),
     "half a character": ("a.jsonl", (JSON_LINES + json.dumps({"text": row("\ud83d")})).encode()),
 }
@@ -99,6 +101,13 @@ def test_files_as_real_tools_write_them_are_read(tmp_path, case):
     (tmp_path / name).write_bytes(content)
     (tmp_path / "a2.csv").write_text(f'text\n"{row("another file")}"')  # which the pattern would find
     assert rows_of(tmp_path / name) == ROWS
+
+
+def test_pandas_parquet_is_read_by_its_columns_alone(tmp_path, expect_error):
+    pandas.DataFrame({"n": range(10)}, index=pandas.Index(ROWS, name="text")).to_parquet(tmp_path / "index.parquet")
+    assert rows_of(tmp_path / "index.parquet") == ROWS
+    pandas.DataFrame([ROWS]).to_parquet(tmp_path / "numbers.parquet")
+    expect_error("no column `text`, only 0, 1, 2", DATASET_NAME=str(tmp_path / "numbers.parquet"))
 
 
 WRITERS = {"csv": Dataset.to_csv, "parquet": Dataset.to_parquet, "jsonl": Dataset.to_json, "json": Dataset.to_json}
@@ -118,6 +127,7 @@ ONE_ROW = json.dumps({"text": row(1)}) + "\n"
 BAD_FILES = {
     "wrong column": ("a.jsonl", '{"txt": "x"}\n', "no column `text`, only txt"),
     "not JSON": ("a.jsonl", ONE_ROW + "\n{'text': 1}\n", "line 3: not JSON"),
+    "half a row": ("a.jsonl", ONE_ROW + '{"text": "x"\n' + ONE_ROW, "line 2: not JSON"),
     "not JSON in an array": ("a.json", '[{"text": "x"},\n{"text": oops}]', "line 2: not JSON"),
     "empty": ("a.jsonl", "", "is empty"),
     "no rows": ("a.json", "[]", "no column `text`, only no rows"),

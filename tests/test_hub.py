@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,34 +14,16 @@ from loopback_hub import COMMIT, FEW_LINES
 
 import finetune_medical_gpt2 as script
 
-
-@pytest.fixture(scope="module")
-def hub():
-    """The port of the loopback Hub."""
-    with loopback_hub.running() as port:
-        yield port
-
-
-def in_process(folder, port, body, **changes):
-    """Run `body` in a new process with the Hub at `port` and a cache in `folder` -> the JSON that it prints."""
-    constants = {**SHORT_RUN, **ONE_STEP, "MODEL_NAME": "some/model", "MODEL_REVISION": None}
-    constants |= {"DATASET_NAME": "some/data", "OUTPUT_DIR": str(folder / "out"), **changes}
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(folder / "cache")}
-    environment |= {"no_proxy": "127.0.0.1"}
-    program = PRELUDE + f"vars(script).update({constants!r})\n" + body
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 PRELUDE = """
 import contextlib, io, json, urllib.request
 import finetune_medical_gpt2 as script
 
+constants = script.huggingface_hub.constants
+HUB = constants.ENDPOINT
+
 
 def ask_server(path):
-    with urllib.request.urlopen(script.huggingface_hub.constants.ENDPOINT + "/" + path) as reply:
+    with urllib.request.urlopen(f"{HUB}/{path}") as reply:
         return reply.read()
 
 
@@ -74,34 +55,82 @@ def stop_before_the_fallback(folder):
     return load_tokenizer(folder)
 
 
-load_tokenizer, script.load_tokenizer = script.load_tokenizer, stop_before_the_fallback
-"""
-
-RUN_ON_THE_HUBS = """
 def load_splits_and_count(*args, **kwargs):
     global asked_before
     asked_before = len(json.loads(ask_server("requests")))
     return load_splits(*args, **kwargs)
 
 
+load_tokenizer, script.load_tokenizer = script.load_tokenizer, stop_before_the_fallback
 load_splits, script.load_splits = script.load_splits, load_splits_and_count
+"""
+
+# The Hub's mood -> (how main() ends, what it says). What isn't there, or refused, is the user's to mend; else there is
+# the offline default. "hang" comes last, as its requests stay open.
+BAD_DAYS = {
+    "no model": (2, "error: MODEL_NAME: the Hub has no 'other/model'"),
+    "no dataset": (2, "error: DATASET_NAME: the Hub has no 'other/data'"),
+    "private": (2, "error: MODEL_NAME: the Hub refuses 'other/model' (401)"),
+    "no revision": (2, "error: MODEL_REVISION: other/model has no"),
+    "403": (2, "error: MODEL_NAME: the Hub refuses 'other/model' (403)"),
+    "500": ("fallback", "it answered 500"),
+    "close": ("fallback", "can't be reached (RemoteProtocolError"),
+    "hang": ("fallback", "can't be reached (ReadTimeout"),
+}
+VISITS = f"""
+# A good day, and an empty cache.
 ask_server("mood/good")
-found = results()
+found = dict(results=results())
 asked = json.loads(ask_server("requests"))
-print(json.dumps([found, asked[:asked_before], asked[asked_before:]]))
+found |= dict(asked_before=asked[:asked_before], asked_after=asked[asked_before:])
+
+# Nothing listens at the Hub's address.
+constants.ENDPOINT = "http://127.0.0.1:9"
+script.SEED, script.DATASET_REVISION = 43, "{COMMIT}"
+found["cached_results"] = results()
+script.OFFLINE_FALLBACK, script.DATASET_REVISION = False, "e" * 40
+found["another_commit"] = outcome()
+
+# Bad days, and what is asked for is not in the cache.
+constants.ENDPOINT = HUB
+script.MODEL_NAME, script.DATASET_NAME, script.DATASET_REVISION = "other/model", "other/data", None
+ask_server("mood/close")
+found["no_fallback"] = outcome()
+script.OFFLINE_FALLBACK = True
+found["bad_days"] = {{}}
+for mood in {list(BAD_DAYS)}:
+    ask_server("mood/" + mood.replace(" ", "-"))
+    script.MODEL_REVISION = "{COMMIT}" if mood == "no revision" else None
+    found["bad_days"][mood] = outcome(), json.loads(ask_server("requests"))
+print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def downloaded(hub, tmp_path_factory):
-    """A run on what the Hub has: its folder, its results, and the requests before the data is read and after."""
+def visits(tmp_path_factory):
+    """What the script found on its VISITS; in one new process, as the Hub's address is read at the import."""
     folder = tmp_path_factory.mktemp("hub")
-    found, before, after = in_process(folder, hub, RUN_ON_THE_HUBS)
-    return SimpleNamespace(folder=folder, results=found, asked_before=before, asked_after=after)
+    settings = {
+        **SHORT_RUN,
+        **ONE_STEP,
+        "MODEL_NAME": "some/model",
+        "MODEL_REVISION": None,
+        "DATASET_NAME": "some/data",
+    }
+    settings["OUTPUT_DIR"] = str(folder / "out")
+    program = PRELUDE + f"vars(script).update({settings!r})\n" + VISITS
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HOME": str(folder / "cache"), "no_proxy": "127.0.0.1"}
+    environment |= dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK"), "")  # as schedulers may leave them
+    with loopback_hub.running() as port:
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return SimpleNamespace(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_model_and_data_are_taken_from_the_hub_and_their_commits_noted(downloaded):
-    results = downloaded.results
+def test_model_and_data_are_taken_from_the_hub_and_their_commits_noted(visits):
+    results = visits.results
     assert not results["offline_fallback"]
     assert results["training"]["steps"] == 1
     assert (results["model"], results["model_revision"]) == ("some/model", COMMIT)
@@ -109,71 +138,40 @@ def test_model_and_data_are_taken_from_the_hub_and_their_commits_noted(downloade
     assert results["data"]["rows"] == len(FEW_LINES)
 
 
-def test_nothing_is_asked_of_the_hub_once_the_inputs_are_there(downloaded):
-    assert any("some/model" in path for path in downloaded.asked_before)
-    assert any("some/data" in path for path in downloaded.asked_before)
-    assert downloaded.asked_after == []
+def test_nothing_is_asked_of_the_hub_once_the_inputs_are_there(visits):
+    assert any("some/model" in path for path in visits.asked_before)
+    assert any("some/data" in path for path in visits.asked_before)
+    assert visits.asked_after == []
 
 
-def test_weights_of_another_format_are_not_downloaded(downloaded):
-    assert any("model.safetensors" in path for path in downloaded.asked_before)
-    assert not any("pytorch_model.bin" in path for path in downloaded.asked_before)
+def test_weights_of_another_format_are_not_downloaded(visits):
+    assert any("model.safetensors" in path for path in visits.asked_before)
+    assert not any("pytorch_model.bin" in path for path in visits.asked_before)
 
 
-RUN_WITHOUT_HUB = """
-cached = results()
-script.DATASET_REVISION, script.OFFLINE_FALLBACK = "e" * 40, False
-print(json.dumps([cached, outcome()]))
-"""
-
-
-def test_without_the_hub_the_cache_is_used_but_not_for_another_commit(downloaded):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    changes = {"SEED": 43, "DATASET_REVISION": COMMIT}
-    cached, (code, message) = in_process(downloaded.folder, port, RUN_WITHOUT_HUB, **changes)
+def test_without_the_hub_the_cache_is_used_but_not_for_another_commit(visits):
+    cached = visits.cached_results
     assert not cached["offline_fallback"]
     assert (cached["model_revision"], cached["dataset_revision"]) == (COMMIT, COMMIT)
     assert cached["data"]["rows"] == len(FEW_LINES)
+    code, message = visits.another_commit
     assert code == 2
     assert "some/data is not in the cache" in message
 
 
-# The Hub's mood -> (how main() ends, what it says). What isn't there, or refused, is the user's to mend; else there is
-# the offline default. "hang" comes last, as its requests stay open.
-BAD_DAYS = {
-    "no model": (2, "error: MODEL_NAME: the Hub has no 'some/model'"),
-    "no dataset": (2, "error: DATASET_NAME: the Hub has no 'some/data'"),
-    "private": (2, "error: MODEL_NAME: the Hub refuses 'some/model' (401)"),
-    "no revision": (2, "error: MODEL_REVISION: some/model has no"),
-    "403": (2, "error: MODEL_NAME: the Hub refuses 'some/model' (403)"),
-    "500": ("fallback", "it answered 500"),
-    "close": ("fallback", "can't be reached (RemoteProtocolError"),
-    "hang": ("fallback", "can't be reached (ReadTimeout"),
-}
-RUN_ON_BAD_DAYS = f"""
-outcomes = {{}}
-for mood in {list(BAD_DAYS)}:
-    ask_server("mood/" + mood.replace(" ", "-"))
-    script.MODEL_REVISION = "{COMMIT}" if mood == "no revision" else None
-    outcomes[mood] = outcome(), json.loads(ask_server("requests"))
-ask_server("mood/close")
-script.OFFLINE_FALLBACK = False
-outcomes["no fallback"] = outcome(), []
-print(json.dumps(outcomes))
-"""
+@pytest.mark.parametrize("mood", BAD_DAYS)
+def test_on_a_bad_day_of_the_hub_there_is_one_line_or_the_offline_default(visits, mood):
+    (code, shown), requests = visits.bad_days[mood]
+    assert (code, "Traceback" in shown) == (BAD_DAYS[mood][0], False)
+    assert BAD_DAYS[mood][1] in shown
+    if code == "fallback":  # a Hub that fails is not asked again and again
+        assert 1 <= len(requests) <= 2
 
 
-def test_on_a_bad_day_of_the_hub_there_is_one_line_or_the_offline_default(hub, tmp_path):
-    outcomes = in_process(tmp_path, hub, RUN_ON_BAD_DAYS)
-    expected = BAD_DAYS | {"no fallback": (2, "error: the Hub can't be reached")}
-    assert outcomes.keys() == expected.keys()
-    for mood, (code, message) in expected.items():
-        (found, text), requests = outcomes[mood]
-        assert found == code and message in text, (mood, outcomes[mood])
-        assert "Traceback" not in text
-        if code == "fallback":  # a Hub that fails is not asked again and again
-            assert 1 <= len(requests) <= 2, (mood, requests)
+def test_without_the_fallback_a_hub_out_of_reach_is_one_line(visits):
+    code, shown = visits.no_fallback
+    assert code == 2
+    assert "error: the Hub can't be reached" in shown
 
 
 def test_a_folder_that_is_only_called_as_a_model_is_not_taken_for_it(tmp_path, monkeypatch):

@@ -83,7 +83,8 @@ def test_a_config_that_asks_for_other_outputs_changes_nothing(tmp_path, tiny, ro
 
 # Models of other kinds, made on the spot: as many tokens as the tiny tokenizer has, random weights.
 SMALL = {"vocab_size": 6144, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 0}
-HYBRIDS = {
+OTHER_MEMORIES = {  # than the keys and values of every token
+    "mistral": {"sliding_window": 16},
     "lfm2": {"full_attn_idxs": [1, 3]},
     "qwen3_5_text": {
         "head_dim": 16,
@@ -96,11 +97,11 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
-def test_a_hybrid_model_scores_as_a_plain_loop_does(tmp_path, rows, family):
+@pytest.mark.parametrize("family", OTHER_MEMORIES)
+def test_a_model_of_another_memory_scores_as_a_plain_loop_does(tmp_path, rows, family):
     torch.manual_seed(0)
     size = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
-    config = AutoConfig.for_model(family, **{**SMALL, **size, **HYBRIDS[family]})
+    config = AutoConfig.for_model(family, **{**SMALL, **size, **OTHER_MEMORIES[family]})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model, tokenizer = script.load_model(tmp_path).eval(), load_tiny()[1]
     script.check_model(model, tokenizer)

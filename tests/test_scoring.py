@@ -1,6 +1,7 @@
 """Scoring: perplexities that are known beforehand, and the same figures by another way."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from finetune_medical_gpt2 import (
     InputError,
     bootstrap_ci95,
     evaluate_perplexity,
-    format_prompt,
     paired_change,
     summarize_scores,
 )
@@ -33,7 +33,7 @@ def test_known_logits_give_the_perplexity_computed_by_hand(tiny, precision, offs
     torch.manual_seed(0)
     log_probs = torch.randn(len(tiny[1])).mul(2).log_softmax(0)
     model, tokenizer = unigram_model(log_probs, offset)
-    prompt, answer = format_prompt("What is Water and explain in detail?"), " Water is wet. </s>"
+    prompt, answer = "[INST] What is Water? [/INST]", " Water is wet. </s>"
     ids = tokenizer(prompt + answer)["input_ids"]
     answer_ids = tokenizer(answer)["input_ids"]
     assert ids[-len(answer_ids) :] == answer_ids
@@ -72,6 +72,23 @@ def test_scores_equal_a_plain_loop_and_do_not_depend_on_the_batch(tiny, rows, ot
         assert scores["full_text"] == pytest.approx(math.exp(sum(nll) / tokens), rel=1e-5)
         assert scores["answer"] == pytest.approx(math.exp(sum(answer_nll) / answer_tokens), rel=1e-5)
         assert scores["seed_protocol"] == pytest.approx(math.exp(sum(means) / len(texts)), rel=1e-5)
+
+
+def test_what_all_rows_begin_with_is_run_once(tiny, rows, monkeypatch):
+    label_nll, widths = script.label_nll, []
+
+    def label_nll_and_note(model, input_ids, *args):
+        widths.append(input_ids.shape[1])
+        return label_nll(model, input_ids, *args)
+
+    monkeypatch.setattr(script, "label_nll", label_nll_and_note)
+    texts = rows[1][:4]  # all of more than 300 tokens
+    start = len(os.path.commonprefix([tiny[1](text)["input_ids"] for text in texts]))
+    evaluate_perplexity(*tiny, texts, max_length=300, batch_size=1)
+    assert widths == [start] + 4 * [300 - (start - 1)]  # the rows begin with the start's last token
+    widths.clear()
+    evaluate_perplexity(*tiny, [*texts, "No row."], max_length=300, batch_size=1)
+    assert widths == 4 * [300] + [8]
 
 
 def score_line(nll, tokens, answer_nll=0.0, answer_tokens=0, answer_bytes=0):

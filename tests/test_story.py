@@ -14,7 +14,7 @@ import finetune_medical_gpt2 as script
 def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
     perplexity = read(short_run)["perplexity"]
     before, after = perplexity["before"], perplexity["after"]
-    assert after["answer"] < 0.85 * before["answer"]
+    assert after["answer"] < 0.9 * before["answer"]
     assert after["full_text"] < 0.6 * before["full_text"]
     assert perplexity["change"]["ci95"][1] < 0
 
