@@ -3,11 +3,12 @@
     python finetune_medical_gpt2.py                         # settings: the constants below
     torchrun --nproc_per_node=N finetune_medical_gpt2.py    # several processes: data parallel
 
-In order: the base model's perplexity on held-out text and its answers to five questions; LoRA
-fine-tuning with TRL's SFTTrainer; the same measurements, by the same functions, of the adapter
-as it was saved; plots and a report. Writes OUTPUT_DIR/<run>/ with report.md, results.json, two plots
-and adapter/. Killed at any moment, the same command goes on where it was. Where the Hub can't be
-reached, the same pipeline runs on a tiny model and data from tests/, and says so.
+In order (`main`, at the end of the file, tells it all: begin there): the base model's perplexity on
+held-out text and its answers to five questions; LoRA fine-tuning with TRL's SFTTrainer; the same
+measurements, by the same functions, of the adapter as it was saved; plots and a report. Writes
+OUTPUT_DIR/<run>/ with report.md, results.json, two plots and adapter/. Killed at any moment, the same
+command goes on where it was. Where the Hub can't be reached, the same pipeline runs on a tiny model
+and data from tests/, and says so.
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13, by tests/benchmark.py: GPT-2
 124M (random weights) trains at about twice the tokens/s of the reference's recipe in fp32, in 1.9 GiB
@@ -656,7 +657,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, progress=No
     Columns: NLL in nats and predicted tokens of the row, the same of its answer, and the UTF-8 bytes
     of the answer scored. `progress` labels a bar. Raises InputError where the loss is not finite.
     """
-    # The model that PEFT wraps: its layers hold the adapter, so this is the fine-tuned model.
+    # The model that PEFT wraps: its layers hold the adapter, which takes part unless it is disabled.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     plain_head = has_plain_head(base)
     rows = encode(tokenizer, texts, max_length)
@@ -1221,6 +1222,7 @@ class LoRATrainer(SFTTrainer):
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.base = self.model.get_base_model()
+        # on GPUs TRL's own loss stays: this one has not been measured there
         self.own_loss = self.base.device.type == "cpu" and has_plain_head(self.base)
         if self.own_loss:
             # Installed as the model's forward, so that PEFT, autocast and DDP wrap it like the original.
@@ -1280,9 +1282,9 @@ def checkpoints(folder):
 
 
 def needs_checkpointing(model, rows, length):
-    """Whether a forward pass's activations would fill the memory that is free.
+    """Whether to use gradient checkpointing: a forward pass's activations would fill the free memory.
 
-    If so, they are computed again in the backward pass, which costs a third more time.
+    They are then computed again in the backward pass, which costs a third more time.
     """
     # of a layer, roughly: 34 bytes for each hidden unit, 5 for each attention weight
     config = model.config.get_text_config()
@@ -1297,7 +1299,7 @@ def needs_checkpointing(model, rows, length):
 
 def add_adapter(model, lora, seed):
     """The model with a fresh LoRA adapter. Raises InputError where the settings don't fit it."""
-    transformers.set_seed(seed)  # LoRA's A is random: the same whether "before" was measured or read back
+    transformers.set_seed(seed)  # LoRA's A is random
     what = f"LORA_TARGET_MODULES = {lora.target_modules!r}"
     try:
         model = get_peft_model(model, lora)
@@ -1357,6 +1359,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         bf16=machine.precision == "bf16",
         fp16=machine.precision == "fp16",
         gradient_checkpointing=needs_checkpointing(model, batch_size, cfg.MAX_LENGTH),
+        # 8 or 64, or what of that divides MAX_LENGTH: padding must not go beyond it
         pad_to_multiple_of=math.gcd(round_up(1, is_rounded(model)), cfg.MAX_LENGTH),
         dataloader_pin_memory=machine.device == "cuda",
         ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
@@ -1383,7 +1386,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         validate=validate,
     )
     found = on_first(lambda: checkpoints(config.output_dir))
-    if found and machine.precision != "fp16":  # it may come from a machine that needed one
+    if found and machine.precision != "fp16":  # a scaler left by an fp16 machine
         (found[-1] / "scaler.pt").unlink(missing_ok=True)
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
 
@@ -1578,7 +1581,7 @@ None of the text below is medical advice: language models state falsehoods fluen
 **Answer perplexity {{ before.answer | two }} ({{ before.answer_ci95 | interval }}) before,
 {{ after.answer | two }} ({{ after.answer_ci95 | interval }}) after**: how unsure {{ short_name(model) }} is of the next
 token of {{ data.test_rows | count }} held-out articles, as if it chose among so many equally likely ones. In brackets:
-95 % intervals. The loss fell in {{ (row_change.improved * row_change.rows) | count }} of \
+95 % intervals. The answers' loss fell in {{ (row_change.improved * row_change.rows) | count }} of \
 {{ row_change.rows | count }} articles.
 
 {% endif %}
@@ -2002,10 +2005,10 @@ NOT_TRAINED = (*ASKED, *LOCATIONS, "OUTPUT_DIR", "REPORT_TO", "SAVE_MERGED", "OF
 
 
 def run_folder(cfg, model_path, commit, train, held_out):
-    """The run's folder: the model's name, and a hash of all that the training depends on.
+    """The run's folder: the model's name, and a hash of settings, prompt, model and rows.
 
-    Model and data are in it by their content, wherever they lie. Questions are not in it: others can
-    be asked without training again.
+    Model and data are in it by their content, wherever they lie. Questions are not: others can be
+    asked without training again. Nor is the code: who edits it moves the folder away.
     """
     model = commit
     if model is None:
@@ -2014,7 +2017,7 @@ def run_folder(cfg, model_path, commit, train, held_out):
         for path in sorted(files):
             with open(path, "rb") as file:
                 model[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    # The rows of a step may be cut otherwise: what halves BATCH_SIZE for lack of memory goes on where it was.
+    # Only their product counts: who halves the one and doubles the other, for memory, goes on with this run.
     cut = ("BATCH_SIZE", "GRADIENT_ACCUMULATION_STEPS")
     identity = {
         "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in (*NOT_TRAINED, *cut)},
@@ -2292,7 +2295,7 @@ def main():
         say(f"already finished: {run}/report.md (to repeat it, move the folder away or change a setting)")
         return run
 
-    # One model for both: before the training it is measured with its LoRA adapter disabled.
+    # Measured with its LoRA adapter disabled, then trained; "after" gets a fresh one.
     model = load_model(model_path, machine.device, machine.precision, dropout=cfg.BASE_DROPOUT)
     check_fit(cfg, model, tokenizer, encoded)
     check_model(model, tokenizer)
@@ -2327,7 +2330,7 @@ def main():
     # "After" is the adapter as it was saved, on a model that no training has touched.
     del model  # two may not fit into memory
     gc.collect()
-    model = load_model(model_path, machine.device, machine.precision)
+    model = load_model(model_path, machine.device, machine.precision)  # dropout takes no part in measuring
     model = PeftModel.from_pretrained(model, str(run / "adapter"))
     after = measure(model, *inputs, when="after")
     if not PartialState().is_main_process:
