@@ -1352,6 +1352,7 @@ def fine_tune(cfg, model, tokenizer, encoded, held_out, run, machine, base_name)
         eval_strategy="steps",
         eval_steps=cfg.EVAL_STEPS,
         save_steps=cfg.LOGGING_STEPS,  # no checkpoint holds the losses summed up since the last line
+        log_level_replica="error",  # what `hush` silenced stays so on all processes
         report_to=cfg.REPORT_TO,
         run_name=run.name,
         include_num_input_tokens_seen="non_padding",  # tokens/s must not rise with padding

@@ -173,8 +173,8 @@ def measure_generation(ours, new_tokens):
     return {"rate": 5 * new_tokens / (time.perf_counter() - began)}
 
 
-def measure_matmul(repeats=5):
-    """GFLOP/s at the shapes of GPT-2's blocks, 2,048 tokens, in fp32 and, where the hardware has it, bf16."""
+def measure_matmul(repeats=5, tokens=2048):
+    """GFLOP/s at the shapes of GPT-2's blocks in fp32 and, where the hardware has it, bf16."""
     script.choose_hardware()
     device, rates = "cuda" if torch.cuda.is_available() else "cpu", {}
     for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16()]:
@@ -182,14 +182,14 @@ def measure_matmul(repeats=5):
         for _ in range(repeats):
             work, seconds = 0, 0.0
             for k, n in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
-                a, b = torch.randn(2048, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+                a, b = torch.randn(tokens, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
                 (a @ b).sum().item()
                 began = time.perf_counter()
                 for _ in range(8):
                     c = a @ b
                 c[0, 0].item()
                 seconds += time.perf_counter() - began
-                work += 8 * 2 * 2048 * k * n
+                work += 8 * 2 * tokens * k * n
             best = max(best, work / seconds / 1e9)
         rates[str(dtype)] = best
     return rates

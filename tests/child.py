@@ -27,7 +27,7 @@ class Child:
         self.reader = reader  # which closes its end when it is collected
 
     def exit_code(self):
-        self.process.join(timeout=240)
+        self.process.join()
         return self.process.exitcode
 
     def error(self):

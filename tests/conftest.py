@@ -6,7 +6,9 @@ them. All three are made once and read by many tests, so a test that changes som
 
 import json
 import os
+import re
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -30,15 +32,22 @@ SHORT_RUN = {
     "EVAL_STEPS": 10,
     "LOGGING_STEPS": 5,
     "LEARNING_RATE": 5e-3,
-    "BATCH_SIZE": 4,
+    "BATCH_SIZE": 2,
     "GRADIENT_ACCUMULATION_STEPS": 1,
     "MAX_LENGTH": 240,
     "MAX_NEW_TOKENS": 24,
     "TITLE_ROWS": 4,
     "GENERAL_ARTICLES": 3,
 }
-# On top of SHORT_RUN, where it is enough that a run goes through.
-ONE_STEP = {"MAX_STEPS": 1, "MAX_LENGTH": 64, "MAX_NEW_TOKENS": 2, "TITLE_ROWS": 1, "GENERAL_ARTICLES": 1}
+# On top of SHORT_RUN, where it is enough that a run goes through: one title row means no title test.
+ONE_STEP = {
+    "MAX_STEPS": 1,
+    "MAX_LENGTH": 64,
+    "QUESTIONS": {"Gout": "What is gout?"},
+    "MAX_NEW_TOKENS": 2,
+    "TITLE_ROWS": 1,
+    "GENERAL_ARTICLES": 1,
+}
 
 
 def set_constants(patch, output_dir, **changes):
@@ -106,6 +115,12 @@ def plain_nll(model, ids):
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
 
 
+def pytest_collection_finish(session):
+    """Start the server that test_processes.py forks from (see child.py): it imports beside the first tests."""
+    if any(item.path.name == "test_processes.py" for item in session.items):
+        forkserver.ensure_running()
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny model, as it ships, and its tokenizer; tests don't change them."""
@@ -130,8 +145,12 @@ def short_run(tmp_path_factory):
 
 @pytest.fixture
 def few_rows(tmp_path):
-    """A small data file whose name has what plots and some terminals can't take."""
-    lines = (TESTS / "medical_terms.jsonl").read_text().splitlines(keepends=True)
+    """A small data file whose name has what plots and some terminals can't take.
+
+    24 rows of 203 to 241 tokens, 14 to 25 of them the prompt, which has no system prompt here.
+    """
+    text = (TESTS / "medical_terms.jsonl").read_text()
+    lines = re.sub(r"<s> \[INST\] <<SYS>>.*<</SYS>>", "[INST]", text).splitlines(keepends=True)
     path = tmp_path / "cost$_$данные.jsonl"
     path.write_text("".join(lines[:24]))
     return path

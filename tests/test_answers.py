@@ -90,10 +90,11 @@ def test_an_answer_that_is_cut_off_has_not_ended(tiny):
     assert ask(*scripted_model(tokens), ["What is rest?"], **asked) == [("Rest", False)]
 
 
-def test_scoring_and_asking_leave_the_model_as_it_was(rows):
+def test_scoring_and_asking_leave_the_model_as_it_was(rows, monkeypatch):
+    monkeypatch.setattr(script, "PROMPT", "[INST] {question} [/INST]")
     model, tokenizer = script.load_model(TINY, precision="bf16").train(), load_tiny()[1]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    script.score_rows(model, tokenizer, rows[1][:1], max_length=100)
+    script.score_rows(model, tokenizer, rows[1][:1], max_length=30)
     generate_answers(model, tokenizer, ["What is Water?"], max_new_tokens=2, temperature=0, seed=0)
     with pytest.raises(ZeroDivisionError), script.inference(model):
         _ = 1 / 0

@@ -61,6 +61,14 @@ def load_splits_and_count(*args, **kwargs):
     return load_splits(*args, **kwargs)
 
 
+def repo_info_soon(*args, **kwargs):
+    "The script's question, with a tenth of its patience."
+    if "timeout" in kwargs:  # a download's own questions have none
+        kwargs["timeout"] /= 10
+    return repo_info(*args, **kwargs)
+
+
+repo_info = script.huggingface_hub.HfApi.repo_info
 load_tokenizer, script.load_tokenizer = script.load_tokenizer, stop_before_the_fallback
 load_splits, script.load_splits = script.load_splits, load_splits_and_count
 """
@@ -98,6 +106,7 @@ ask_server("mood/close")
 found["no_fallback"] = outcome()
 script.OFFLINE_FALLBACK = True
 found["bad_days"] = {{}}
+script.huggingface_hub.HfApi.repo_info = repo_info_soon
 for mood in {list(BAD_DAYS)}:
     ask_server("mood/" + mood.replace(" ", "-"))
     script.MODEL_REVISION = "{COMMIT}" if mood == "no revision" else None
@@ -121,7 +130,8 @@ def visits(tmp_path_factory):
     program = PRELUDE + f"vars(script).update({settings!r})\n" + VISITS
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(folder / "cache"), "no_proxy": "127.0.0.1"}
-    environment |= dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK"), "")  # as schedulers may leave them
+    # what schedulers may leave empty, and what a notebook hands down and is not installed here
+    environment |= dict.fromkeys(("WORLD_SIZE", "RANK", "LOCAL_RANK"), "") | {"MPLBACKEND": "not_installed"}
     with loopback_hub.running() as port:
         environment["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

@@ -112,10 +112,10 @@ def test_a_model_of_another_memory_scores_as_a_plain_loop_does(tmp_path, rows, f
 
 
 OTHER_MODELS = {
-    # GPT-2 medium's width; c_attn is 1,024 to 3,072
+    # c_attn is 128 to 384
     "gpt2": (
-        GPT2Config(vocab_size=6144, n_embd=1024, n_head=16, n_layer=1, bos_token_id=0, eos_token_id=0),
-        8 * (1024 + 3072),
+        GPT2Config(vocab_size=6144, n_embd=128, n_head=4, n_layer=1, bos_token_id=0, eos_token_id=0),
+        8 * (128 + 384),
     ),
     # the queries' matrix is 64 to 64, that of the two values' heads 64 to 32
     "llama": (

@@ -59,14 +59,16 @@ MOMENTS = [
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 3, "MAX_LENGTH": 240, "EVAL_STEPS": 2, "LOGGING_STEPS": 1}
-    changes["DATASET_NAME"] = str(few_rows)
+    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 2, "LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
     set_constants(monkeypatch, tmp_path / "undisturbed", **changes)
     undisturbed = script.main()
     constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "killed")}
     for moment, written in MOMENTS:
         child = Child(tmp_path, run_main_killed, constants, moment, written)
+        shown = child.stdout.read()
         assert child.exit_code() == -signal.SIGKILL, (moment, child.error())
+        # checkpoint-1 was whole before the kill in checkpoint-2, so no step is taken twice
+        assert ("step    1/3" in shown) == (moment == "checkpoint-2"), moment
     run = tmp_path / "killed" / undisturbed.name
     assert (run / "report.md").exists() and not (run / "results.json").exists()
     child = Child(tmp_path, run_main, {**constants, "score_rows": None, "fine_tune": None, "ask": None})
@@ -114,19 +116,24 @@ def test_a_reader_that_goes_away_ends_the_run_with_one_line(tmp_path):
     assert child.error() == "interrupted: nobody reads the output any more; the same command goes on\n"
 
 
-MAIN = """
-import finetune_medical_gpt2 as script
-vars(script).update({constants!r})
-script.main()
-"""
-
-
 def fail(*args):
     raise script.InputError("not this one")
 
 
 def fail_unexpectedly(*args):
     raise ZeroDivisionError(lambda: 0)  # which can't be sent to another process
+
+
+def start_two(tmp_path, constants):
+    """Two processes of one main(), with the variables that torchrun sets."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    children = []
+    for rank in ("0", "1"):
+        variables = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        children.append(Child(tmp_path, run_main, constants, variables=variables))
+    return children
 
 
 @pytest.mark.parametrize(
@@ -137,14 +144,7 @@ def fail_unexpectedly(*args):
     ],
 )
 def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, code, errors):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    constants = {**SHORT_RUN, "OUTPUT_DIR": str(tmp_path / "out"), "fetch": failure}
-    children = []
-    for rank in range(2):  # as torchrun starts them
-        own = {name: str(value) for name, value in {**variables, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        children.append(Child(tmp_path, run_main, constants, variables=own))
+    children = start_two(tmp_path, {**SHORT_RUN, "OUTPUT_DIR": str(tmp_path / "out"), "fetch": failure})
     assert [child.exit_code() for child in children] == [code, code]
     for child, error in zip(children, errors, strict=True):
         if code == 2:
@@ -153,27 +153,23 @@ def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, 
             assert error in child.error()
 
 
-# What a notebook and a terminal may hand down: a plotting backend that isn't installed here, and an encoding that lacks
-# the letters of the data's name.
-INHERITED = {"MPLBACKEND": "not_installed", "PYTHONIOENCODING": "cp1252"}
-
-
-def test_two_processes_give_the_figures_of_one_whatever_they_inherit(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 3, "MAX_LENGTH": 420, "TEST_SIZE": 0.2, "TITLE_ROWS": 4}
-    changes["DATASET_NAME"] = str(few_rows)
+def test_two_processes_give_the_figures_of_one(tmp_path, monkeypatch, few_rows):
+    changes = {**ONE_STEP, "MAX_STEPS": 3, "MAX_LENGTH": 180, "TEST_SIZE": 0.2, "TITLE_ROWS": 4}
+    changes |= {"LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
     changes["LORA_DROPOUT"] = 0.0  # its random draws differ between processes
+    children = start_two(tmp_path, {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "two"), "BATCH_SIZE": 1})
     set_constants(monkeypatch, tmp_path / "one", **changes)
     one = read(script.main())
-    program = tmp_path / "program.py"
-    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "two"), "BATCH_SIZE": 2}
-    program.write_text(MAIN.format(constants=constants))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, program], env=os.environ | INHERITED, capture_output=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    shown = [child.stdout.read() for child in children]
+    assert [child.exit_code() for child in children] == [0, 0], children[0].error()
     (run,) = (tmp_path / "two").iterdir()
     two = read(run)
     assert two["hardware"]["processes"] == 2
-    assert done.stdout.count(b"Everything is in") == 1
+    assert [text.count("Everything is in") for text in shown] == [1, 0]
+    assert [child.error() for child in children] == ["", ""]
+    for name in ("loss", "grad_norm"):
+        one_by_one = [[e[name] for e in result["training"]["log_history"] if name in e] for result in (one, two)]
+        assert one_by_one[0] == pytest.approx(one_by_one[1], rel=1e-2), name
     assert two["perplexity"]["before"]["answer"] > 1  # there are answers
     titles = [result["perplexity"]["title"]["held_out"]["before"] for result in (one, two)]
     for name in ("own_loss", "other_loss"):

@@ -1,6 +1,7 @@
 """Settings, paths, locks and disks: a run goes through, or ends with one clear line."""
 
 import errno
+import io
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,11 @@ IMPOSSIBLE_VALUES = [
     ("TEMPERATURE", -1),
     ("REPORT_TO", "numpy"),
 ]
+
+
+def test_every_setting_has_one_rule():
+    names = [name for _, names in script.RULES.values() for name in names.split()]
+    assert sorted(names) == sorted(script.SETTINGS)
 
 
 @pytest.mark.parametrize("name, value", IMPOSSIBLE_VALUES)
@@ -154,3 +160,10 @@ def test_a_full_disk_is_one_line_and_what_exists_stays(tmp_path, monkeypatch, ca
     kept = [path.name for path in tmp_path.glob("out/*/checkpoints/*.json")]
     assert "before-answers.json" in kept
     assert all(name.startswith("before-") for name in kept)
+
+
+def test_letters_that_the_terminal_lacks_become_question_marks(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    script.say("данные, ünï")
+    assert terminal.buffer.getvalue().decode("cp1252").strip() == "??????, ünï"

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from conftest import ONE_STEP, SHORT_RUN, TINY, read, set_constants, without_times
@@ -22,7 +21,8 @@ def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
 def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
     results, tokenizer = read(short_run), tiny[1]
     model = script.load_model(TINY, precision=results["hardware"]["precision"])
-    fresh = script.evaluate_perplexity(model, tokenizer, rows[1], max_length=SHORT_RUN["MAX_LENGTH"])
+    size = {"max_length": SHORT_RUN["MAX_LENGTH"], "batch_size": SHORT_RUN["BATCH_SIZE"]}
+    fresh = script.evaluate_perplexity(model, tokenizer, rows[1], **size)
     assert results["perplexity"]["before"] == fresh
     asked = {"max_new_tokens": SHORT_RUN["MAX_NEW_TOKENS"], "temperature": 0.7, "seed": 42}
     answers = script.generate_answers(model, tokenizer, list(script.QUESTIONS.values()), **asked)
@@ -31,7 +31,7 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
 
 
 def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 1, "DATASET_NAME": str(few_rows)}
+    changes = {**ONE_STEP, "MAX_STEPS": 2, "EVAL_STEPS": 1, "DATASET_NAME": str(few_rows)}
     set_constants(monkeypatch, tmp_path / "with", **changes)
     with_samples = script.main()
     ask, samples = script.ask, []
@@ -45,7 +45,7 @@ def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, f
     set_constants(monkeypatch, tmp_path / "without", **changes)
     monkeypatch.setattr(script, "ask", ask_all_but_samples)
     without_samples = script.main()
-    assert len(samples) == 2  # validations before the last step
+    assert len(samples) == 1  # at the validation before the last step
     assert without_samples.name == with_samples.name
     assert without_times(read(without_samples)) == without_times(read(with_samples))
 
@@ -93,71 +93,6 @@ def test_a_finished_run_is_not_repeated(short_run, tmp_path, monkeypatch, capsys
     assert "already finished" in capsys.readouterr().out
     assert dates(run) == before
     assert list(tmp_path.iterdir()) == [run]
-
-
-# A value of each setting that the training depends on, other than its own.
-TRAINED = {
-    "TEST_SIZE": 0.2,
-    "MAX_LENGTH": 128,
-    "SEED": 43,
-    "DROP_EMPTY_ANSWERS": False,
-    "LORA_R": 4,
-    "LORA_ALPHA": 8,
-    "LORA_DROPOUT": 0.0,
-    "LORA_TARGET_MODULES": ["c_attn"],
-    "NUM_EPOCHS": 2,
-    "MAX_STEPS": 5,
-    "LEARNING_RATE": 2e-4,
-    "BATCH_SIZE": 2,
-    "GRADIENT_ACCUMULATION_STEPS": 3,
-    "WARMUP_RATIO": 0.1,
-    "MAX_GRAD_NORM": 1.0,
-    "LOGGING_STEPS": 1,
-    "EVAL_STEPS": 7,
-    "TRAIN_ON_PROMPT": False,
-    "BASE_DROPOUT": 0.1,
-}
-# And of those that it does not depend on; model and data count by their content.
-NOT_TRAINED = {
-    "QUESTIONS": {"Asthma": "What triggers asthma?"},
-    "MAX_NEW_TOKENS": 3,
-    "TEMPERATURE": 0,
-    "REPORT_TO": "wandb",
-    "SAVE_MERGED": True,
-    "OFFLINE_FALLBACK": False,
-    "MODEL_REVISION": "main",
-    "DATASET_REVISION": "main",
-    "DATASET_NAME": "elsewhere.jsonl",
-    "MODEL_NAME": "elsewhere/tiny_gpt2",
-    "OUTPUT_DIR": "outputs",
-}
-
-
-def folder_name(train=("a row",), held_out=("another",), model=TINY, **changes):
-    settings = {name: getattr(script, name) for name in script.SETTINGS}
-    settings |= {"MODEL_NAME": "tiny_gpt2", **changes}
-    return script.run_folder(SimpleNamespace(**settings), model, None, train, held_out).name
-
-
-def test_a_run_with_another_training_has_another_folder(tmp_path, monkeypatch):
-    assert {*TRAINED, *NOT_TRAINED} == set(script.SETTINGS)
-    model = shutil.copytree(TINY, tmp_path / "model")
-    names = [folder_name(**{name: value}) for name, value in TRAINED.items()]
-    names += [folder_name(train=["other rows"]), folder_name(held_out=["other rows"]), folder_name()]
-    (model / "config.json").write_text((model / "config.json").read_text() + "\n")
-    names.append(folder_name(model=model))
-    monkeypatch.setattr(script, "PROMPT", "[INST] {question} [/INST]")
-    names.append(folder_name())
-    assert len(set(names)) == len(names) == len(TRAINED) + 5
-
-
-def test_a_step_of_the_same_rows_cut_otherwise_is_the_same_training():
-    assert folder_name(BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=8) == folder_name()
-
-
-@pytest.mark.parametrize("name", NOT_TRAINED)
-def test_what_training_does_not_depend_on_leaves_the_folder_as_it_is(name):
-    assert folder_name(**{name: NOT_TRAINED[name]}) == folder_name()
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -1,6 +1,7 @@
 """The programs beside the script: that their commands, as tests/README.md prints them, run."""
 
 import functools
+import json
 
 import ablation
 import benchmark
@@ -14,7 +15,7 @@ import finetune_medical_gpt2 as script
 @pytest.fixture(scope="module")
 def matmul_rates():
     """What the machine can do, measured once for all tests."""
-    return benchmark.measure_matmul(repeats=1)
+    return benchmark.measure_matmul(repeats=1, tokens=64)
 
 
 @pytest.fixture
@@ -56,15 +57,26 @@ def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, leng
         assert output.count(" hours") == 2
 
 
-def test_a_measurement_is_made_in_a_process_of_its_own():
-    assert benchmark.in_own_process("make_texts", 2, 5) == benchmark.make_texts(2, seed=5)
+ECHO = "import json, sys; print('not this'); print(json.dumps([sys.argv[1:], __file__]))"
+
+
+def test_a_measurement_of_another_checkout_is_made_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "benchmark.py").write_text(ECHO)
+    arguments, file = benchmark.in_own_process("measure", {"b", "a"}, 5, checkout=tmp_path)
+    assert (arguments, file) == (["--call", '["measure", ["a", "b"], 5]'], str(tmp_path / "tests" / "benchmark.py"))
+
+
+def test_what_is_called_in_that_process_prints_its_result(run_tool):
+    shown = run_tool(benchmark, "--call", '["make_texts", 2, 5]')
+    assert json.loads(shown) == benchmark.make_texts(2, seed=5)
 
 
 def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch, few_rows):
     for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
         monkeypatch.setattr(script, name, getattr(script, name))
     monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
-    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 240)
+    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 100)
     output = run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out")
     (table,) = tables(output)
     untouched, variant = table
