@@ -52,8 +52,10 @@ def run_main_killed(constants, moment, written):
 
 MOMENTS = [
     ("before-scores", True),
+    ("before-answers", True),
     ("checkpoint-2", False),  # the state is a checkpoint's last file
     ("training.json", True),
+    ("after-scores", True),
     ("results.json", False),
 ]
 

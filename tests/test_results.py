@@ -54,10 +54,10 @@ def test_results_json_has_the_keys_that_readers_rely_on(short_run):
 
 def test_the_log_history_goes_from_the_base_model_to_the_saved_adapter(short_run):
     training = read(short_run)["training"]
-    assert training["steps"] == 20
+    assert training["steps"] == 24
     history = training["log_history"]
-    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 10, 20]
-    assert [entry["step"] for entry in history if "loss" in entry] == [5, 10, 15, 20]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 10, 20, 24]
+    assert [entry["step"] for entry in history if "loss" in entry] == [5, 10, 15, 20, 24]
     for when, entry in (("before", history[0]), ("after", history[-1])):
         scores = read(short_run)["perplexity"][when]
         assert math.exp(entry["eval_loss"]) == pytest.approx(scores["full_text"])

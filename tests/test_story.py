@@ -13,7 +13,7 @@ import finetune_medical_gpt2 as script
 def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
     perplexity = read(short_run)["perplexity"]
     before, after = perplexity["before"], perplexity["after"]
-    assert after["answer"] < 0.9 * before["answer"]
+    assert after["answer"] < 0.85 * before["answer"]
     assert after["full_text"] < 0.6 * before["full_text"]
     assert perplexity["change"]["ci95"][1] < 0
 
@@ -31,7 +31,7 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
 
 
 def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 2, "EVAL_STEPS": 1, "DATASET_NAME": str(few_rows)}
+    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 1, "DATASET_NAME": str(few_rows)}
     set_constants(monkeypatch, tmp_path / "with", **changes)
     with_samples = script.main()
     ask, samples = script.ask, []
@@ -45,7 +45,7 @@ def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, f
     set_constants(monkeypatch, tmp_path / "without", **changes)
     monkeypatch.setattr(script, "ask", ask_all_but_samples)
     without_samples = script.main()
-    assert len(samples) == 1  # at the validation before the last step
+    assert len(samples) == 2  # validations before the last step
     assert without_samples.name == with_samples.name
     assert without_times(read(without_samples)) == without_times(read(with_samples))
 

@@ -55,7 +55,7 @@ def held_out_losses(output, source):
 
 def test_training_lowers_the_held_out_loss_and_writes_an_ordinary_gpt2(run_tool, tmp_path):
     write_articles(tmp_path / "texts", everyday()[:150])
-    size = ("--layers", 1, "--width", 64, "--vocabulary", 700, "--rows", 2, "--tokens", 110_000)
+    size = ("--layers", 1, "--width", 64, "--vocabulary", 700, "--rows", 2, "--tokens", 120_000)
     folders = ("--texts", tmp_path / "texts", "--out", tmp_path / "new")
     output = run_tool(make_tiny_gpt2, "train", *folders, *size, "--learning-rate", 1e-2, "--rename")
     for source in ("teacher", "everyday"):

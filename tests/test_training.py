@@ -16,7 +16,7 @@ def test_the_tokens_counted_are_those_of_the_rows_without_padding(short_run, tin
     lengths = [len(tiny[1](text)["input_ids"]) + 1 for text in rows[0]]  # EOS follows
     cut = [min(length, SHORT_RUN["MAX_LENGTH"]) for length in lengths]
     results = read(short_run)
-    assert results["training"]["tokens"] / (20 * 2) == pytest.approx(sum(cut) / len(cut), rel=0.05)
+    assert results["training"]["tokens"] / (24 * 2) == pytest.approx(sum(cut) / len(cut), rel=0.05)
     assert results["data"]["truncated_train_rows"] == sum(length > SHORT_RUN["MAX_LENGTH"] for length in lengths)
 
 
