@@ -1,10 +1,10 @@
 """What moves the answer perplexity, and what it costs elsewhere: one change at a time, same split, as many tokens.
 
-    python tests/ablation.py MODEL DATASET [--steps 60] [--max-length 512] [--only WORD ...]
+    python tests/ablation.py MODEL DATASET [--steps 60] [--rows 16] [--max-length 512] [--only WORD ...]
 
-MODEL and DATASET are what MODEL_NAME and DATASET_NAME take. Every variant is a run of the script; all adapters are
-scored on the same held-out rows, cut at --max-length tokens, whatever they were trained at. Prints a Markdown table
-that grows line by line; killed, the same command goes on where it was.
+MODEL and DATASET are what MODEL_NAME and DATASET_NAME take. Every variant is a run of the script, on the same rows in
+the same order. Prints a Markdown table that grows line by line; killed, the same command goes on where it was, and
+what is done is only printed.
 """
 
 import argparse
@@ -13,8 +13,15 @@ import json
 import sys
 from pathlib import Path
 
+from trl import SFTConfig
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune_medical_gpt2 as script  # noqa: E402
+
+
+def with_cosine_schedule(**config):
+    return SFTConfig(**config | {"lr_scheduler_type": "cosine"})
+
 
 ALL = {"LORA_TARGET_MODULES": "all-linear"}
 VARIANTS = {
@@ -29,7 +36,7 @@ VARIANTS = {
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "r 32, alpha 32, learning rate 1e-3": {"LORA_R": 32, "LEARNING_RATE": 1e-3},
-    "1,024 tokens, half the rows a step, a third more steps": {"MAX_LENGTH": 1024, "BATCH_SIZE": 2},  # beside 512
+    "learning rate 3e-3, cosine schedule": {"LEARNING_RATE": 3e-3, "SFTConfig": with_cosine_schedule},
 }
 HEAD = (
     "",
@@ -49,7 +56,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("dataset")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 16 rows")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step, a multiple of 4")
     parser.add_argument("--max-length", type=int, default=512, help="tokens of a row, in training and in scoring")
     parser.add_argument("--test-size", type=float, default=0.05, help="share of the rows that is held out and scored")
     parser.add_argument(
@@ -58,17 +66,19 @@ def main():
     parser.add_argument("--title-rows", type=int, default=script.TITLE_ROWS, help="articles in the title test")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()
+    if args.rows % script.BATCH_SIZE:
+        parser.error(f"--rows {args.rows}: not a multiple of {script.BATCH_SIZE}")
     common = {"MODEL_NAME": args.model, "MODEL_REVISION": None, "DATASET_NAME": args.dataset, "MAX_STEPS": args.steps}
     common |= {"MAX_LENGTH": args.max_length, "EVAL_STEPS": args.steps, "TEST_SIZE": args.test_size}
+    common |= {"GRADIENT_ACCUMULATION_STEPS": args.rows // script.BATCH_SIZE}
     common |= {"MAX_NEW_TOKENS": 1, "OUTPUT_DIR": args.output_dir}
     script.TITLE_ROWS = args.title_rows
-    defaults = {name: getattr(script, name) for name in script.SETTINGS}
+    defaults = {name: getattr(script, name) for name in (*script.SETTINGS, "SFTConfig")}
 
     score_rows, known = script.score_rows, {}
 
     def score_base_once(model, tokenizer, texts, **kwargs):
-        """`score_rows`, cut alike for all variants; what the untouched model scores is the same in every run."""
-        kwargs["max_length"] = args.max_length
+        """`score_rows`; the untouched model scores the same in every run, so it does so in the first alone."""
         layers = [module for module in model.modules() if isinstance(module, script.BaseTunerLayer)]
         if not layers[0].disable_adapters:
             return score_rows(model, tokenizer, texts, **kwargs)
@@ -82,11 +92,13 @@ def main():
     for name, changes in VARIANTS.items():
         if not any(word in name for word in args.only):
             continue
-        if "MAX_LENGTH" in changes:  # few articles fill it: more steps, for as many tokens
-            changes = changes | {"MAX_STEPS": round(args.steps * 4 / 3)}
+        if "SFTConfig" in changes:  # the name of a run's folder stands for the script's settings alone
+            changes = changes | {"OUTPUT_DIR": f"{args.output_dir}/cosine"}
         vars(script).update(defaults | common | changes)
         with contextlib.redirect_stdout(sys.stderr):
             results = json.loads((script.main() / "results.json").read_text())
+        if results["perplexity"]["before"]["answer"] is None:
+            sys.exit(f"--max-length {args.max_length}: no room for answers, the rows' prompts alone are that long")
         if not lines:
             print(table_line("untouched model", results, "before", "– | – | –"))
         training = results["training"]

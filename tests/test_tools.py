@@ -73,15 +73,22 @@ def test_what_is_called_in_that_process_prints_its_result(run_tool):
 
 
 def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch, few_rows):
-    for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows"):  # which it changes: put back at the end
+    for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows", "SFTConfig"):  # which it changes: put back at the end
         monkeypatch.setattr(script, name, getattr(script, name))
     monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
-    options = ("--steps", 2, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 100)
-    output = run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out")
-    (table,) = tables(output)
-    untouched, variant = table
-    assert [untouched[0], variant[0]] == ["untouched model", "learning rate 3e-3"]
-    assert float(variant[1]) < float(untouched[1])
-    (run,) = (tmp_path / "out").iterdir()
-    assert read(run)["training"]["steps"] == 2
-    assert variant[1] == f"{read(run)['perplexity']['after']['answer']:.2f}"
+    monkeypatch.setattr(script, "LOGGING_STEPS", 1)
+    options = ("--steps", 4, "--rows", 4, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 100)
+    (table,) = tables(run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out"))
+    names, perplexities = zip(*[(line[0], float(line[1])) for line in table], strict=True)
+    assert names == ("untouched model", "learning rate 3e-3", "learning rate 3e-3, cosine schedule")
+    assert max(perplexities[1:]) < perplexities[0]
+
+    (linear,) = (tmp_path / "out").glob("tiny_gpt2-*")
+    (cosine,) = (tmp_path / "out" / "cosine").iterdir()
+    of_thirds = {linear: (1, 2 / 3, 1 / 3), cosine: (1, 0.75, 0.25)}  # 1/2 + cos(pi t) / 2 at t = 0, 1/3, 2/3
+    for run, perplexity in zip(of_thirds, perplexities[1:], strict=True):
+        training = read(run)["training"]
+        assert training["steps"] == 4
+        assert f"{perplexity:.2f}" == f"{read(run)['perplexity']['after']['answer']:.2f}"
+        rates = [line["learning_rate"] for line in training["log_history"] if "learning_rate" in line]
+        assert rates == pytest.approx([0, *(3e-3 * share for share in of_thirds[run])])
