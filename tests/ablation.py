@@ -25,7 +25,7 @@ def with_cosine_schedule(**config):
 
 ALL = {"LORA_TARGET_MODULES": "all-linear"}
 VARIANTS = {
-    "reference recipe (learning rate 1e-4, r 8, PEFT's default modules)": {},
+    "the reference's settings (learning rate 1e-4, r 8, PEFT's default modules)": {},
     "learning rate 3e-4": {"LEARNING_RATE": 3e-4},
     "learning rate 1e-3": {"LEARNING_RATE": 1e-3},
     "learning rate 3e-3": {"LEARNING_RATE": 3e-3},
@@ -36,7 +36,7 @@ VARIANTS = {
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "r 32, alpha 32, learning rate 1e-3": {"LORA_R": 32, "LEARNING_RATE": 1e-3},
-    "learning rate 3e-3, cosine schedule": {"LEARNING_RATE": 3e-3, "SFTConfig": with_cosine_schedule},
+    "cosine schedule at 3e-3": {"LEARNING_RATE": 3e-3, "SFTConfig": with_cosine_schedule},
 }
 HEAD = (
     "",

@@ -210,7 +210,7 @@ def in_own_process(function, *args, checkout=None):
     """Call a function of this file, or of another checkout's, in a new process: nothing is inherited."""
     file = Path(checkout, "tests", "benchmark.py") if checkout else __file__
     call = json.dumps([function, *[sorted(arg) if isinstance(arg, set) else arg for arg in args]])
-    environment = {"OMP_WAIT_POLICY": "passive"} | os.environ  # as the script has it
+    environment = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"} | os.environ  # as the script has it
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     run = subprocess.run([sys.executable, file, "--call", call], env=environment, capture_output=True, text=True)
     if run.returncode:

@@ -77,10 +77,10 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_
         monkeypatch.setattr(script, name, getattr(script, name))
     monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
     monkeypatch.setattr(script, "LOGGING_STEPS", 1)
-    options = ("--steps", 4, "--rows", 4, "--only", "rate 3e-3", "--title-rows", 4, "--max-length", 100)
+    options = ("--steps", 4, "--rows", 4, "--only", "rate 3e-3", "cosine", "--title-rows", 4, "--max-length", 100)
     (table,) = tables(run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out"))
     names, perplexities = zip(*[(line[0], float(line[1])) for line in table], strict=True)
-    assert names == ("untouched model", "learning rate 3e-3", "learning rate 3e-3, cosine schedule")
+    assert names == ("untouched model", "learning rate 3e-3", "cosine schedule at 3e-3")
     assert max(perplexities[1:]) < perplexities[0]
 
     (linear,) = (tmp_path / "out").glob("tiny_gpt2-*")
