@@ -1626,7 +1626,8 @@ at most {{ settings.MAX_NEW_TOKENS }} tokens, asked in the format of the trainin
 ## Medicine, or its tone?
 
 Does its own title help the model with an article? The first 500 characters of {{ titles.held_out.before.articles }}
-held-out articles, and of {{ titles.trained.before.articles if titles.trained.before else "no" }} that were trained on,
+held-out articles, and of {{ titles.trained.before.articles if titles.trained.before else "no" }} \
+{{ "that were trained on" if epochs >= 1 else "of the training rows (" ~ (epochs | percent) ~ " had their turn)" }},
 were scored under their own question and under those of three others; words that begin like one of the title's were
 taken out, so that they can't be copied (those of up to three letters stay). The gain is how much lower the loss is
 under the own title.
@@ -1826,6 +1827,7 @@ def render_report(results, adapter_folder):
         general=perplexity["general"],
         measures=MEASURES,
         losses=losses,
+        epochs=results["training"]["log_history"][-1]["epoch"],
         loss_on=LOSS_ON[settings["TRAIN_ON_PROMPT"]],
         rows_per_step=rows_per_step * results["hardware"]["processes"],
         version_list=", ".join(f"{name} {version}" for name, version in results["versions"].items()),

@@ -1,4 +1,4 @@
-"""What moves the answer perplexity, and what it costs elsewhere: one change at a time, same split, as many tokens.
+"""What moves the answer perplexity, and what it costs elsewhere: one or two changes at a time, same split and rows.
 
     python tests/ablation.py MODEL DATASET [--steps 60] [--rows 16] [--max-length 512] [--only WORD ...]
 
@@ -29,10 +29,10 @@ VARIANTS = {
     "learning rate 3e-4": {"LEARNING_RATE": 3e-4},
     "learning rate 1e-3": {"LEARNING_RATE": 1e-3},
     "learning rate 3e-3": {"LEARNING_RATE": 3e-3},
-    "all linear layers": ALL,
+    "all linear layers at 1e-4": ALL,
     "all linear layers at 1e-3": ALL | {"LEARNING_RATE": 1e-3},
     "all linear layers at 3e-3": ALL | {"LEARNING_RATE": 3e-3},
-    "all linear layers at 1e-3, loss on the answers only": ALL | {"LEARNING_RATE": 1e-3, "TRAIN_ON_PROMPT": False},
+    "answers' loss alone, all linear layers, 1e-3": ALL | {"LEARNING_RATE": 1e-3, "TRAIN_ON_PROMPT": False},
     "loss on the answers only": {"TRAIN_ON_PROMPT": False},
     "r 32, same alpha / r": {"LORA_R": 32, "LORA_ALPHA": 128},
     "r 32, alpha 32, learning rate 1e-3": {"LORA_R": 32, "LEARNING_RATE": 1e-3},
@@ -47,7 +47,6 @@ HEAD = (
     "its change",
     "general text, nats",
     "trainable parameters",
-    "tokens",
     "training time",
 )
 
@@ -66,8 +65,11 @@ def main():
     parser.add_argument("--title-rows", type=int, default=script.TITLE_ROWS, help="articles in the title test")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()
-    if args.rows % script.BATCH_SIZE:
+    if args.rows < 1 or args.rows % script.BATCH_SIZE:
         parser.error(f"--rows {args.rows}: not a multiple of {script.BATCH_SIZE}")
+    chosen = [name for name in VARIANTS if any(word in name for word in args.only)]
+    if not chosen:
+        parser.error(f"--only {' '.join(args.only)}: in none of the names {'; '.join(VARIANTS)}")
     common = {"MODEL_NAME": args.model, "MODEL_REVISION": None, "DATASET_NAME": args.dataset, "MAX_STEPS": args.steps}
     common |= {"MAX_LENGTH": args.max_length, "EVAL_STEPS": args.steps, "TEST_SIZE": args.test_size}
     common |= {"GRADIENT_ACCUMULATION_STEPS": args.rows // script.BATCH_SIZE}
@@ -88,37 +90,33 @@ def main():
 
     script.score_rows = score_base_once
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
-    lines = 0
-    for name, changes in VARIANTS.items():
-        if not any(word in name for word in args.only):
-            continue
-        if "SFTConfig" in changes:  # the name of a run's folder stands for the script's settings alone
+    for name in chosen:
+        changes = VARIANTS[name]
+        if "SFTConfig" in changes:  # not a setting: the run's folder isn't named after it, nor does its report tell
             changes = changes | {"OUTPUT_DIR": f"{args.output_dir}/cosine"}
         vars(script).update(defaults | common | changes)
         with contextlib.redirect_stdout(sys.stderr):
             results = json.loads((script.main() / "results.json").read_text())
-        if results["perplexity"]["before"]["answer"] is None:
-            sys.exit(f"--max-length {args.max_length}: no room for answers, the rows' prompts alone are that long")
-        if not lines:
-            print(table_line("untouched model", results, "before", "– | – | –"))
+        if name == chosen[0]:
+            print(table_line("untouched model", results, "before", "– | –"))
         training = results["training"]
-        cost = f"{training['trainable_parameters']:,} | {training['tokens']:,} | {training['seconds']:,.0f} s"
+        cost = f"{training['trainable_parameters']:,} | {training['seconds']:,.0f} s"
         print(table_line(name, results, "after", cost), flush=True)
-        lines += 1
 
 
 def table_line(name, results, when, cost):
     perplexity = results["perplexity"]
     scores, title = perplexity[when], perplexity["title"]["held_out"][when]
-    low, high = scores["answer_ci95"]
-    gain = change = "–"
+    answers, gain, change = "– | –", "–", "–"
+    if scores["answer"]:  # else all rows are cut before their answers
+        answers = f"{scores['answer']:.2f} | {scores['answer_ci95'][0]:.2f} to {scores['answer_ci95'][1]:.2f}"
     if title:
         gain = f"{title['gain']:.3f} ({title['gain_ci95'][0]:.3f} to {title['gain_ci95'][1]:.3f})"
     if title and when == "after":
         moved = perplexity["title"]["held_out"]["gain_change"]
         change = f"{moved['mean']:+.3f} ({moved['ci95'][0]:+.3f} to {moved['ci95'][1]:+.3f})"
-    figures = f"{scores['answer']:.2f} | {low:.2f} to {high:.2f} | {scores['full_text']:.2f} | {gain} | {change}"
-    return f"| {name} | {figures} | {perplexity['general'][when]:.3f} | {cost} |"
+    general = f"{perplexity['general'][when]:.3f}"
+    return f"| {name} | {answers} | {scores['full_text']:.2f} | {gain} | {change} | {general} | {cost} |"
 
 
 if __name__ == "__main__":

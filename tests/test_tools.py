@@ -77,18 +77,31 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_
         monkeypatch.setattr(script, name, getattr(script, name))
     monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
     monkeypatch.setattr(script, "LOGGING_STEPS", 1)
-    options = ("--steps", 4, "--rows", 4, "--only", "rate 3e-3", "cosine", "--title-rows", 4, "--max-length", 100)
-    (table,) = tables(run_tool(ablation, TINY, few_rows, *options, "--output-dir", tmp_path / "out"))
-    names, perplexities = zip(*[(line[0], float(line[1])) for line in table], strict=True)
-    assert names == ("untouched model", "learning rate 3e-3", "cosine schedule at 3e-3")
-    assert max(perplexities[1:]) < perplexities[0]
+    options = ("--steps", 4, "--rows", 4, "--max-length", 180, "--test-size", 0.2, "--title-rows", 4)
+    options += ("--only", "rate 3e-3", "cosine", "--output-dir", tmp_path / "out")
+    (table,) = tables(run_tool(ablation, TINY, few_rows, *options))
+    assert [line[0] for line in table] == ["untouched model", "learning rate 3e-3", "cosine schedule at 3e-3"]
 
     (linear,) = (tmp_path / "out").glob("tiny_gpt2-*")
     (cosine,) = (tmp_path / "out" / "cosine").iterdir()
     of_thirds = {linear: (1, 2 / 3, 1 / 3), cosine: (1, 0.75, 0.25)}  # 1/2 + cos(pi t) / 2 at t = 0, 1/3, 2/3
-    for run, perplexity in zip(of_thirds, perplexities[1:], strict=True):
-        training = read(run)["training"]
-        assert training["steps"] == 4
-        assert f"{perplexity:.2f}" == f"{read(run)['perplexity']['after']['answer']:.2f}"
-        rates = [line["learning_rate"] for line in training["log_history"] if "learning_rate" in line]
-        assert rates == pytest.approx([0, *(3e-3 * share for share in of_thirds[run])])
+    for run, line in zip(of_thirds, table[1:], strict=True):
+        results = read(run)
+        before, after = results["perplexity"]["before"], results["perplexity"]["after"]
+        title = results["perplexity"]["title"]["held_out"]
+        assert after["answer"] < before["answer"]
+        assert [table[0][1], line[1]] == [f"{before['answer']:.2f}", f"{after['answer']:.2f}"]
+        assert title["before"]["articles"] == 4 and line[4].startswith(f"{title['after']['gain']:.3f} (")
+        assert line[5].startswith(f"{title['gain_change']['mean']:+.3f} (")
+        assert results["training"]["steps"] == 4 and results["settings"]["GRADIENT_ACCUMULATION_STEPS"] == 1
+        rates = [entry.get("learning_rate") for entry in results["training"]["log_history"]]
+        assert [x for x in rates if x is not None] == pytest.approx([0, *(3e-3 * share for share in of_thirds[run])])
+
+
+def test_the_ablation_says_which_variants_there_are_before_anything_is_trained(run_tool, capsys):
+    with pytest.raises(SystemExit):
+        run_tool(ablation, TINY, "none.jsonl", "--only", "4e-3")
+    assert "learning rate 1e-3; learning rate 3e-3; " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_tool(ablation, TINY, "none.jsonl", "--rows", 6)
+    assert "--rows 6: not a multiple of 4" in capsys.readouterr().err
