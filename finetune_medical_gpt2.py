@@ -1589,14 +1589,29 @@ token of {{ data.test_rows | count }} held-out articles, as if it chose among so
 {{ row_change.rows | count }} articles.
 
 {% endif %}
-{% if fall_of.all.fall > 0 %}
-Of the whole fall in loss over all tokens, {{ (fall_of.prompts.fall / fall_of.all.fall) | percent }} is on the prompts,
-which the rows share{{ ", and which are learned by heart" if settings.TRAIN_ON_PROMPT }}. The articles' own share is \
-{{ (fall_of.answers.fall / fall_of.all.fall) | percent }}.
+{% set has_shares = fall_of.answers.tokens and fall_of.prompts.fall >= 0 and fall_of.answers.fall > 0 %}
+{% set the_prompts = "the prompts, which the rows share" ~ (
+    ", and which are learned by heart" if settings.TRAIN_ON_PROMPT and fall_of.prompts.fall > 0) %}
+{% if has_shares %}
+Of the whole fall in loss over all tokens, {{ (fall_of.prompts.fall / fall_of.all.fall) | percent }} is on
+{{ the_prompts }}. The articles' own share is {{ (fall_of.answers.fall / fall_of.all.fall) | percent }}.
 {% else %}
-The loss over all tokens did not fall.
+The loss went from {{ fall_of.prompts.before | two }} to {{ fall_of.prompts.after | two }} nats per token on
+{{ the_prompts }}{% if fall_of.answers.tokens %}, and from {{ fall_of.answers.before | two }} to \
+{{ fall_of.answers.after | two }} on the articles{% endif %}.
 {% endif %}
 
+{% if titles.held_out.before %}
+{% set before_title, after_title, gain = titles.held_out.before, titles.held_out.after, titles.held_out.gain_change %}
+Medicine, or its tone? Under their own titles the loss of held-out articles' beginnings changed by
+{{ (after_title.own_loss - before_title.own_loss) | change }} nats per token, under wrong titles by \
+{{ (after_title.other_loss - before_title.other_loss) | change }}. What changes there, too, is
+language, tone, what all articles share. Only the difference, {{ gain.mean | three }} \
+({{ gain.ci95 | three_to_three }}), can be about the topic\
+{{ ": it can't be told from zero" if gain.ci95[0] <= 0 <= gain.ci95[1] }}\
+{{ ": the own title helps less than before" if gain.ci95[1] < 0 }} ([the test](#medicine-or-its-tone)).
+
+{% endif %}
 ## The answers
 
 {% if settings.TEMPERATURE %}
@@ -1642,11 +1657,7 @@ under the own title.
 | {{ test.after.own_wins | percent }} |
 {% endfor %}
 
-With fine-tuning the loss of the held-out articles fell by {{ own_fall | three }} nats per token under their own titles.
-Of that, {{ other_fall | three }} are a fall under wrong titles, too: language, tone, and what all articles share. The
-difference, {{ gain_change.mean | three }} ({{ gain_change.ci95 | three_to_three }}), is about the topic\
-{{ ": not to be told from nothing" if gain_change.ci95[0] <= 0 <= gain_change.ci95[1] }}. A gain of trained articles
-alone is learned by heart.
+A gain of trained articles alone is learned by heart.
 
 {% endif %}
 {% if general.before %}
@@ -1685,7 +1696,7 @@ With every article counted alike, the answers' loss changed by {{ row_change.mea
 | --- | ---: | ---: | ---: | ---: | ---: |
 {% for name, part in fall_of | items %}
 | {{ name }} | {{ part.tokens | count }} | {{ part.before | two }} | {{ part.after | two }} \
-| {{ part.fall | count }} | {{ (part.fall / fall_of.all.fall) | percent if fall_of.all.fall > 0 else "–" }} |
+| {{ part.fall | count }} | {{ (part.fall / fall_of.all.fall) | percent if has_shares else "–" }} |
 {% endfor %}
 
 Losses in nats per token, the fall in nats over all tokens.
@@ -1771,6 +1782,7 @@ def repeated_pairs(stats):
 FILTERS = {
     "two": lambda x: f"{x:,.2f}" if isinstance(x, int | float) else "–",
     "three": lambda x: f"{x:.3f}",
+    "change": lambda x: f"{x:+.3f}",
     "count": lambda n: f"{n:,.0f}",
     "percent": percent,
     "interval": lambda ends: f"{ends[0]:,.2f} to {ends[1]:,.2f}",
@@ -1823,7 +1835,6 @@ def render_report(results, adapter_folder):
         row_change=perplexity["change"],
         fall_of=split_fall(perplexity["before"], perplexity["after"]),
         titles=perplexity["title"],
-        **title_falls(perplexity["title"]["held_out"]),
         general=perplexity["general"],
         measures=MEASURES,
         losses=losses,
@@ -1833,17 +1844,6 @@ def render_report(results, adapter_folder):
         version_list=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         adapter_folder=adapter_folder,
     )
-
-
-def title_falls(test):
-    """How much the loss of held-out articles fell: under their own title, under others, and the difference."""
-    if not test["before"]:
-        return {}
-    return {
-        "own_fall": test["before"]["own_loss"] - test["after"]["own_loss"],
-        "other_fall": test["before"]["other_loss"] - test["after"]["other_loss"],
-        "gain_change": test["gain_change"],
-    }
 
 
 def write_report(results, path):
@@ -2249,12 +2249,13 @@ def show_results(results, run):
         if before[name]:
             change = percent_change(before[name], after[name])
             say(f"{label:28}{before[name]:10.2f}{after[name]:10.2f}{change:>10}")
-    falls = title_falls(results["perplexity"]["title"]["held_out"])
-    if falls:
-        topic, (low, high) = falls["gain_change"]["mean"], falls["gain_change"]["ci95"]
+    titles = results["perplexity"]["title"]["held_out"]
+    if titles["before"]:
+        own, wrong = (titles["after"][loss] - titles["before"][loss] for loss in ("own_loss", "other_loss"))
+        topic, (low, high) = titles["gain_change"]["mean"], titles["gain_change"]["ci95"]
         say(
-            f"\nof the articles' fall in loss, {falls['own_fall']:.3f} nats per token, {topic:.3f} "
-            f"({low:.3f} to {high:.3f}) is about their topic; the rest falls under wrong titles, too"
+            f"\nthe articles' loss changed by {own:+.3f} nats per token under their own titles, by {wrong:+.3f} under\n"
+            f"wrong ones: only the difference, {topic:.3f} ({low:.3f} to {high:.3f}), can be about their topic"
         )
     answer = results["answers"][0]
     say(f"\n{answer['question']}")

@@ -55,6 +55,45 @@ def test_the_figures_in_the_report_are_those_computed_by_hand(short_run, tmp_pat
     assert "80 % is on the prompts" in prose and "The articles' own share is 20 %." in prose
 
 
+def prose_of(results, folder):
+    script.write_report(results, folder / "report.md")
+    return " ".join((folder / "report.md").read_text().split())
+
+
+@pytest.mark.parametrize(
+    "full_text, answer, said",
+    [
+        # the answers at 2 nats, all at 2.6: so the prompts at 180 / 60, where they were at 140 / 60
+        (2.6, 2.0, "from 2.33 to 3.00 nats per token on the prompts, which the rows share, and from 4.00 to 2.00 on"),
+        # the answers at 4.5, all at 2.4: the prompts at 60 / 60
+        (
+            2.4,
+            4.5,
+            "from 2.33 to 1.00 nats per token on the prompts, which the rows share, and which are learned",
+        ),
+    ],
+)
+def test_where_one_of_the_losses_rose_the_report_gives_no_shares_of_a_fall(
+    short_run, tmp_path, full_text, answer, said
+):
+    results = read(short_run)
+    results["perplexity"]["before"] |= BEFORE
+    results["perplexity"]["after"] |= AFTER | {"full_text": math.exp(full_text), "answer": math.exp(answer)}
+    prose = prose_of(results, tmp_path)
+    assert f"The loss went {said}" in prose and "whole fall" not in prose
+    assert prose.count("| – |") >= 3  # the shares in the table
+
+
+def test_where_no_answer_was_scored_the_report_speaks_of_prompts_alone(short_run, tmp_path):
+    results = read(short_run)
+    nothing = {"answer": None, "answer_tokens": 0}
+    results["perplexity"]["before"] |= BEFORE | nothing
+    results["perplexity"]["after"] |= AFTER | nothing
+    prose = prose_of(results, tmp_path)
+    assert "The loss went from 3.00 to 2.00 nats per token on the prompts, which the rows share, and which are" in prose
+    assert "on the articles" not in prose and "articles' own share" not in prose
+
+
 # The loss falls from 3.0 to 2.5 under the articles' own titles, from 3.1 to 2.8 under others.
 TITLE_TEST = {
     "before": {
@@ -84,13 +123,23 @@ def test_the_title_test_in_the_report_is_split_as_by_hand(short_run, tmp_path, e
     results = read(short_run)
     results["perplexity"]["title"] = {"held_out": TITLE_TEST, "trained": TITLE_TEST}
     results["training"]["log_history"][-1]["epoch"] = epochs
-    script.write_report(results, tmp_path / "report.md")
-    prose = " ".join((tmp_path / "report.md").read_text().split())
+    prose = prose_of(results, tmp_path)
     assert f"of 8 held-out articles, and of 8 {were} scored" in prose
     assert "0.100 (0.000 to 0.200) | 0.300 (0.200 to 0.400) |" in prose
     assert "| 75 % | 88 % |" in prose
-    assert "fell by 0.500 nats per token under their own titles. Of that, 0.300 are a fall under wrong titles" in prose
-    assert "The difference, 0.200 (0.100 to 0.300), is about the topic." in prose
+    assert "changed by -0.500 nats per token, under wrong titles by -0.300." in prose
+    assert "Only the difference, 0.200 (0.100 to 0.300), can be about the topic ([" in prose
+    assert prose.index("Only the difference") < prose.index("## The answers")  # what is to be read first
+
+
+@pytest.mark.parametrize(
+    "mean, ci95, said",
+    [(0.1, [-0.1, 0.3], "it can't be told from zero"), (-0.2, [-0.3, -0.1], "the own title helps less than before")],
+)
+def test_the_report_says_what_a_gain_is_worth(short_run, tmp_path, mean, ci95, said):
+    results = read(short_run)
+    results["perplexity"]["title"]["held_out"] = TITLE_TEST | {"gain_change": {"mean": mean, "ci95": ci95}}
+    assert f"can be about the topic: {said} ([" in prose_of(results, tmp_path)
 
 
 def test_an_answer_without_two_words_repeats_no_pair():
