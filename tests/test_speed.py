@@ -54,7 +54,7 @@ def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
     assert scores["full_text"] != pytest.approx(plain["full_text"], rel=0.01)
 
 
-def train_losses(trainer_class, precision, rows, output_dir, **kwargs):
+def train_losses(trainer_class, precision, layers, rows, output_dir, **kwargs):
     """The losses of four steps with `trainer_class`; asserts that these changed the whole adapter and nothing else."""
     model = script.load_model(TINY, precision=precision, dropout=0.0)  # no chance in it
     tokenizer = load_tiny()[1]
@@ -74,7 +74,7 @@ def train_losses(trainer_class, precision, rows, output_dir, **kwargs):
         max_length=64,
         disable_tqdm=True,
     )
-    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, fan_in_fan_out=True)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=layers, fan_in_fan_out=True)
     data = script.training_data(encoded, on_prompt=True)
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **kwargs
@@ -86,18 +86,24 @@ def train_losses(trainer_class, precision, rows, output_dir, **kwargs):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.fixture(scope="module", params=[None, "all-linear"])
+def layers(request):
+    """LORA_TARGET_MODULES: the default, and the offline default's."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def stock_losses(rows, tmp_path_factory):
+def stock_losses(layers, rows, tmp_path_factory):
     """The losses of TRL's own trainer in fp32."""
-    return train_losses(SFTTrainer, "fp32", rows, tmp_path_factory.mktemp("stock"))
+    return train_losses(SFTTrainer, "fp32", layers, rows, tmp_path_factory.mktemp("stock"))
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
 def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(
-    rows, stock_losses, tmp_path, monkeypatch, precision, tolerance
+    layers, rows, stock_losses, tmp_path, monkeypatch, precision, tolerance
 ):
     monkeypatch.setattr(script, "CHUNK", 32)  # so that a batch takes several
-    ours = train_losses(script.LoRATrainer, precision, rows, tmp_path, validate=None)
+    ours = train_losses(script.LoRATrainer, precision, layers, rows, tmp_path, validate=None)
     assert ours == pytest.approx(stock_losses, rel=tolerance)
     assert len(ours) == 4
 
