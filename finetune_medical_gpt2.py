@@ -1607,10 +1607,10 @@ The loss went from {{ fall_of.prompts.before | two }} to {{ fall_of.prompts.afte
 Medicine, or its tone? Under their own titles the loss of held-out articles' beginnings changed by
 {{ (after_title.own_loss - before_title.own_loss) | change }} nats per token, under wrong titles by \
 {{ (after_title.other_loss - before_title.other_loss) | change }}. What changes there, too, is
-language, tone, what all articles share. Only the difference, {{ gain.mean | three }} \
-({{ gain.ci95 | three_to_three }}), can be about the topic\
-{{ ": it can't be told from zero" if gain.ci95[0] <= 0 <= gain.ci95[1] }}\
-{{ ": the own title helps less than before" if gain.ci95[1] < 0 }} ([the test](#medicine-or-its-tone)).
+language, tone, what all articles share. Only the gain from the own title can be about the topic:
+it changed by {{ gain.mean | change }} ({{ gain.ci95 | three_to_three }})\
+{{ ", which can't be told from zero" if gain.ci95[0] <= 0 <= gain.ci95[1] }}\
+{{ ", so it helps less than before" if gain.ci95[1] < 0 }} ([the test](#medicine-or-its-tone)).
 
 {% endif %}
 ## The answers
@@ -2254,10 +2254,8 @@ def show_results(results, run):
     if titles["before"]:
         own, wrong = (titles["after"][loss] - titles["before"][loss] for loss in ("own_loss", "other_loss"))
         topic, (low, high) = titles["gain_change"]["mean"], titles["gain_change"]["ci95"]
-        say(
-            f"\nthe articles' loss changed by {own:+.3f} nats per token under their own titles, by {wrong:+.3f} under\n"
-            f"wrong ones: only the difference, {topic:.3f} ({low:.3f} to {high:.3f}), can be about their topic"
-        )
+        say(f"\nthe articles' loss changed by {own:+.3f} nats per token, by {wrong:+.3f} under wrong titles; only the")
+        say(f"gain from the own title can be about the topic: {topic:+.3f} ({low:.3f} to {high:.3f})")
     answer = results["answers"][0]
     say(f"\n{answer['question']}")
     for when in ("before", "after"):

@@ -128,18 +128,21 @@ def test_the_title_test_in_the_report_is_split_as_by_hand(short_run, tmp_path, e
     assert "0.100 (0.000 to 0.200) | 0.300 (0.200 to 0.400) |" in prose
     assert "| 75 % | 88 % |" in prose
     assert "changed by -0.500 nats per token, under wrong titles by -0.300." in prose
-    assert "Only the difference, 0.200 (0.100 to 0.300), can be about the topic ([" in prose
-    assert prose.index("Only the difference") < prose.index("## The answers")  # what is to be read first
+    assert "can be about the topic: it changed by +0.200 (0.100 to 0.300) ([" in prose
+    assert prose.index("Only the gain") < prose.index("## The answers")  # what is to be read first
 
 
 @pytest.mark.parametrize(
     "mean, ci95, said",
-    [(0.1, [-0.1, 0.3], "it can't be told from zero"), (-0.2, [-0.3, -0.1], "the own title helps less than before")],
+    [
+        (0.1, [-0.1, 0.3], "+0.100 (-0.100 to 0.300), which can't be told from zero"),
+        (-0.2, [-0.3, -0.1], "-0.200 (-0.300 to -0.100), so it helps less than before"),
+    ],
 )
 def test_the_report_says_what_a_gain_is_worth(short_run, tmp_path, mean, ci95, said):
     results = read(short_run)
     results["perplexity"]["title"]["held_out"] = TITLE_TEST | {"gain_change": {"mean": mean, "ci95": ci95}}
-    assert f"can be about the topic: {said} ([" in prose_of(results, tmp_path)
+    assert f"can be about the topic: it changed by {said} ([" in prose_of(results, tmp_path)
 
 
 def test_an_answer_without_two_words_repeats_no_pair():
