@@ -1590,7 +1590,7 @@ token of {{ data.test_rows | count }} held-out articles, as if it chose among so
 {{ row_change.rows | count }} articles.
 
 {% endif %}
-{% set has_shares = fall_of.answers.tokens and fall_of.prompts.fall >= 0 and fall_of.answers.fall > 0 %}
+{% set has_shares = fall_of.prompts.fall >= 0 and fall_of.answers.fall > 0 %}
 {% set the_prompts = "the prompts, which the rows share" ~ (
     ", and which are learned by heart" if settings.TRAIN_ON_PROMPT and fall_of.prompts.fall > 0) %}
 {% if has_shares %}
@@ -2243,7 +2243,7 @@ def write_products(results, run):
 
 
 def show_results(results, run):
-    """The end on the screen: perplexities, one question with both answers, where the rest is."""
+    """The end on the screen: perplexities, medicine or tone, one question with both answers, where the rest is."""
     before, after = results["perplexity"]["before"], results["perplexity"]["after"]
     say(f"\n{'perplexity, held-out rows':28}{'before':>10}{'after':>10}{'change':>10}")
     for name, label in MEASURES.items():
@@ -2256,6 +2256,9 @@ def show_results(results, run):
         topic, (low, high) = titles["gain_change"]["mean"], titles["gain_change"]["ci95"]
         say(f"\nthe articles' loss changed by {own:+.3f} nats per token, by {wrong:+.3f} under wrong titles; only the")
         say(f"gain from the own title can be about the topic: {topic:+.3f} ({low:.3f} to {high:.3f})")
+    general = results["perplexity"]["general"]
+    if general["before"]:
+        say(f"on everyday text the loss went from {general['before']:.3f} to {general['after']:.3f} nats per token")
     answer = results["answers"][0]
     say(f"\n{answer['question']}")
     for when in ("before", "after"):

@@ -66,11 +66,7 @@ def prose_of(results, folder):
         # the answers at 2 nats, all at 2.6: so the prompts at 180 / 60, where they were at 140 / 60
         (2.6, 2.0, "from 2.33 to 3.00 nats per token on the prompts, which the rows share, and from 4.00 to 2.00 on"),
         # the answers at 4.5, all at 2.4: the prompts at 60 / 60
-        (
-            2.4,
-            4.5,
-            "from 2.33 to 1.00 nats per token on the prompts, which the rows share, and which are learned",
-        ),
+        (2.4, 4.5, "from 2.33 to 1.00 nats per token on the prompts, which the rows share, and which are learned by"),
     ],
 )
 def test_where_one_of_the_losses_rose_the_report_gives_no_shares_of_a_fall(
@@ -143,6 +139,17 @@ def test_the_report_says_what_a_gain_is_worth(short_run, tmp_path, mean, ci95, s
     results = read(short_run)
     results["perplexity"]["title"]["held_out"] = TITLE_TEST | {"gain_change": {"mean": mean, "ci95": ci95}}
     assert f"can be about the topic: it changed by {said} ([" in prose_of(results, tmp_path)
+
+
+def test_the_screen_says_what_the_report_says_first(short_run, capsys):
+    results = read(short_run)
+    results["perplexity"]["title"]["held_out"] = TITLE_TEST
+    results["perplexity"]["general"] = {"before": 3.0, "after": 3.25}
+    script.show_results(results, short_run)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "changed by -0.500 nats per token, by -0.300 under wrong titles; only the gain" in shown
+    assert "can be about the topic: +0.200 (0.100 to 0.300)" in shown
+    assert "on everyday text the loss went from 3.000 to 3.250 nats per token" in shown
 
 
 def test_an_answer_without_two_words_repeats_no_pair():
