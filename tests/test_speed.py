@@ -56,8 +56,8 @@ def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
     assert scores["full_text"] != pytest.approx(plain["full_text"], rel=0.01)
 
 
-def train_losses(trainer_class, precision, layers, rows, output_dir, **kwargs):
-    """The losses of four steps with `trainer_class`; asserts that these changed the whole adapter and nothing else."""
+def train(trainer_class, precision, layers, rows, output_dir, **kwargs):
+    """(losses, gradient norms) of four steps with `trainer_class`, which change the whole adapter and nothing else."""
     model = script.load_model(TINY, precision=precision, dropout=0.0)  # no chance in it
     tokenizer = load_tiny()[1]
     encoded = script.encode(tokenizer, rows[0][:16], 32, end=True)
@@ -85,30 +85,33 @@ def train_losses(trainer_class, precision, layers, rows, output_dir, **kwargs):
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return [[entry[name] for entry in trainer.state.log_history if name in entry] for name in ("loss", "grad_norm")]
 
 
 @pytest.fixture(scope="module")
-def stock_losses(rows, tmp_path_factory):
-    """LORA_TARGET_MODULES -> the losses of TRL's own trainer in fp32."""
+def stock_training(rows, tmp_path_factory):
+    """LORA_TARGET_MODULES -> what `train` returns of TRL's own trainer in fp32."""
 
     @functools.cache
-    def losses(layers):
-        return train_losses(SFTTrainer, "fp32", layers, rows, tmp_path_factory.mktemp("stock"))
+    def trained(layers):
+        return train(SFTTrainer, "fp32", layers, rows, tmp_path_factory.mktemp("stock"))
 
-    return losses
+    return trained
 
 
+# In bf16 only the first step can be compared: what rounding changed there, the following ones blow up.
 @pytest.mark.parametrize(
-    "layers, precision, tolerance", [(None, "fp32", 1e-4), (None, "bf16", 1e-2), ("all-linear", "fp32", 1e-4)]
+    "layers, precision, steps, tolerance",
+    [(None, "fp32", 4, 1e-4), (None, "bf16", 1, 1e-2), ("all-linear", "fp32", 4, 1e-4)],
 )
 def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(
-    rows, stock_losses, tmp_path, monkeypatch, layers, precision, tolerance
+    rows, stock_training, tmp_path, monkeypatch, layers, precision, steps, tolerance
 ):
     monkeypatch.setattr(script, "CHUNK", 32)  # so that a batch takes several
-    ours = train_losses(script.LoRATrainer, precision, layers, rows, tmp_path, validate=None)
-    assert ours == pytest.approx(stock_losses(layers), rel=tolerance)
-    assert len(ours) == 4
+    ours = train(script.LoRATrainer, precision, layers, rows, tmp_path, validate=None)
+    for values, expected in zip(ours, stock_training(layers), strict=True):
+        assert len(values) == 4
+        assert values[:steps] == pytest.approx(expected[:steps], rel=tolerance)
 
 
 def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(monkeypatch):
