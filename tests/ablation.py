@@ -42,10 +42,10 @@ HEAD = (
     "",
     "answer perplexity",
     "95 % interval",
-    "full text",
-    "title gain, held out",
-    "its change",
-    "general text, nats",
+    "whole rows",
+    "training articles",
+    "everyday text",
+    "facts right",
     "trainable parameters",
     "training time",
 )
@@ -62,7 +62,6 @@ def main():
     parser.add_argument(
         "--only", nargs="+", default=[""], metavar="WORD", help="variants whose name holds one of these"
     )
-    parser.add_argument("--title-rows", type=int, default=script.TITLE_ROWS, help="articles in the title test")
     parser.add_argument("--output-dir", default="ablation")
     args = parser.parse_args()
     if args.rows < 1 or args.rows % script.BATCH_SIZE:
@@ -74,7 +73,6 @@ def main():
     common |= {"MAX_LENGTH": args.max_length, "EVAL_STEPS": args.steps, "TEST_SIZE": args.test_size}
     common |= {"GRADIENT_ACCUMULATION_STEPS": args.rows // script.BATCH_SIZE}
     common |= {"MAX_NEW_TOKENS": 1, "OUTPUT_DIR": args.output_dir}
-    script.TITLE_ROWS = args.title_rows
     defaults = {name: getattr(script, name) for name in (*script.SETTINGS, "SFTConfig")}
 
     score_rows, known = script.score_rows, {}
@@ -84,9 +82,10 @@ def main():
         layers = [module for module in model.modules() if isinstance(module, script.BaseTunerLayer)]
         if not layers[0].disable_adapters:
             return score_rows(model, tokenizer, texts, **kwargs)
-        if tuple(texts) not in known:
-            known[tuple(texts)] = score_rows(model, tokenizer, texts, **kwargs)
-        return known[tuple(texts)]
+        key = (*texts, "shown" in kwargs)
+        if key not in known:
+            known[key] = score_rows(model, tokenizer, texts, **kwargs)
+        return known[key]
 
     script.score_rows = score_base_once
     print(f"| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
@@ -105,18 +104,15 @@ def main():
 
 
 def table_line(name, results, when, cost):
-    perplexity = results["perplexity"]
-    scores, title = perplexity[when], perplexity["title"]["held_out"][when]
-    answers, gain, change = "– | –", "–", "–"
-    if scores["answer"]:  # else all rows are cut before their answers
-        answers = f"{scores['answer']:.2f} | {scores['answer_ci95'][0]:.2f} to {scores['answer_ci95'][1]:.2f}"
-    if title:
-        gain = f"{title['gain']:.3f} ({title['gain_ci95'][0]:.3f} to {title['gain_ci95'][1]:.3f})"
-    if title and when == "after":
-        moved = perplexity["title"]["held_out"]["gain_change"]
-        change = f"{moved['mean']:+.3f} ({moved['ci95'][0]:+.3f} to {moved['ci95'][1]:+.3f})"
-    general = f"{perplexity['general'][when]:.3f}"
-    return f"| {name} | {answers} | {scores['full_text']:.2f} | {gain} | {change} | {general} | {cost} |"
+    perplexity, facts = results["perplexity"], results["facts"]
+    scores = perplexity[when]
+    answers = f"{scores['answer']:.2f} | {scores['answer_ci95'][0]:.2f} to {scores['answer_ci95'][1]:.2f}"
+    others = f"{scores['full_text']:.2f} | {perplexity['trained'][when]:.2f} | {perplexity['everyday'][when]:.2f}"
+    right = f"{facts[when]:.1%}"
+    if when == "after":
+        points = [100 * share for share in (facts["change"], *facts["change_ci95"])]
+        right += " ({:+.1f} points: {:+.1f} to {:+.1f})".format(*points)
+    return f"| {name} | {answers} | {others} | {right} | {cost} |"
 
 
 if __name__ == "__main__":

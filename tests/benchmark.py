@@ -1,6 +1,6 @@
 """How fast, and with how much memory, against the reference's recipe: GPT-2 124M, random weights, no network.
 
-    python tests/benchmark.py                    # training, scoring, answers, the whole job
+    python tests/benchmark.py                    # training, scoring, answers, all that is measured, the whole job
     python tests/benchmark.py --beside CHECKOUT  # another checkout of this project in the same run
     python tests/benchmark.py --pieces           # what every single measure gives
     python tests/benchmark.py --rows             # cost over the size of the data set
@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
@@ -46,12 +47,21 @@ PIECES = {
     "+ 1 x 16 rows instead of 4 x 4 (ours)": TRAINING["ours"],
     "ours in fp32": TRAINING["ours"] - {"bf16"},
 }
+# What script.measure scores of the real data before training: in this order, so many rows each.
+MEASURED = {
+    "held-out rows": 687,
+    "training rows": script.SAMPLE_ROWS,
+    "everyday text": len(script.read_lines(script.EVERYDAY)),
+    "facts, four endings each": 4 * len(script.read_lines(script.FACTS)),
+    "held-out rows after a training row": script.SAMPLE_ROWS,
+}
 MATMUL_PARAMETERS = 12 * 12 * 768**2 + 50257 * 768  # of the blocks and the LM head
 
 
 def make_tokenizer(size=50257):
     """A word for each token, among them those of the prompt; as fast a tokenizer as GPT-2's, and without its files."""
     words = dict.fromkeys(["<|endoftext|>", *script.format_prompt("What is this ?").split(), "</s>"])
+    words |= {"abcdef": None}  # transformers tries it with each word, to find where "</s>" may begin
     words |= dict.fromkeys(f"w{i}" for i in range(size - len(words)))
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -69,20 +79,29 @@ def make_texts(n, seed=0):
     return texts
 
 
-def make_model(variant):
+def make_model(variant, device):
     dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if "no dropout" in variant else {}
     activation = "gelu_pytorch_tanh" if "fused gelu" in variant else "gelu_new"
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout))
-    model.requires_grad_(False)
-    if "own loss" in variant:
-        return script.speed_up(model, "bf16" if "bf16" in variant and has_bf16() else "fp32")
-    return model
+    model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout)).requires_grad_(False).to(device)
+    return script.speed_up(model, "bf16" if "bf16" in variant else "fp32") if "own loss" in variant else model
 
 
-def has_bf16():
-    """Whether the hardware multiplies in bf16, as the script decides it but without its allocator."""
-    return torch.cuda.is_available() or script.cpu_has_bf16()
+def plain_device():
+    """The device, without what script.choose_hardware sets on a CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_this_machine(variant, hardware):
+    """A variant without what the hardware lacks."""
+    return variant if hardware["precision"] == "bf16" else variant - {"bf16"}
+
+
+def make_ours():
+    """(device, tokenizer, model) as the script has them."""
+    hardware = script.choose_hardware()
+    model = make_model(on_this_machine(TRAINING["ours"], hardware), hardware["device"])
+    return hardware["device"], make_tokenizer(), model.eval()
 
 
 class Clock(TrainerCallback):
@@ -102,14 +121,14 @@ class Clock(TrainerCallback):
 def measure_training(variant, steps, texts=None):
     if "allocator" in variant:
         script.choose_hardware()
-    tokenizer = make_tokenizer()
+    device, tokenizer = plain_device(), make_tokenizer()
+    model = make_model(variant, device)
     encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
-    data = Dataset.from_dict({"input_ids": [ids for ids, _, _ in encoded], "labels": [ids for ids, _, _ in encoded]})
     rows, trainer_class, more = 4, SFTTrainer, {}
     if "own loss" in variant:
         trainer_class, more = script.LoRATrainer, {"validate": None}
-        rows = 4 if "4 x 4" in variant or torch.cuda.is_available() else 1  # as fine_tune has it
-    model = make_model(variant)
+        if device == "cpu" and model.num_parameters() > script.LARGE and "4 x 4" not in variant:
+            rows = 1  # as training_config has it
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps + 1,
@@ -118,9 +137,9 @@ def measure_training(variant, steps, texts=None):
         learning_rate=1e-4,
         max_grad_norm=0.3,
         max_length=512,
-        bf16="bf16" in variant and has_bf16(),
+        bf16="bf16" in variant,
         gradient_checkpointing="checkpointing" in variant,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device == "cpu",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -129,25 +148,29 @@ def measure_training(variant, steps, texts=None):
         pad_to_multiple_of=script.round_up(1, script.is_rounded(model)) if "own loss" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
-    clock = Clock()
+    clock, data = Clock(), script.training_data(encoded, on_prompt=True)
     trainer = trainer_class(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **more
     )
     trainer.add_callback(clock)
     trainer.train()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else memory
     return {"rate": clock.tokens / clock.seconds, "memory": memory, "tokens": clock.tokens}
 
 
+def make_reference():
+    """(device, tokenizer, model) as the reference has them."""
+    return plain_device(), make_tokenizer(), make_model(set(), plain_device()).eval()
+
+
 def measure_scoring(ours, rows):
-    device = script.choose_hardware()[0] if ours else ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, texts = make_tokenizer(), make_texts(rows)
-    model = make_model(TRAINING["ours"] if ours else set()).to(device).eval()
-    tokens = sum(len(ids) for ids, _, _ in script.encode(tokenizer, texts, 512))
+    device, tokenizer, model = make_ours() if ours else make_reference()
+    texts = make_texts(rows)
+    tokens = sum(len(row.ids) for row in script.encode(tokenizer, texts, 512))
     began = time.perf_counter()
     if ours:
-        script.score_rows(model, tokenizer, texts, max_length=512)
+        script.score_rows(model, tokenizer, texts, max_length=512, batch_size=script.BATCH_SIZE)
     else:
         with torch.no_grad():
             for text in texts:
@@ -156,9 +179,30 @@ def measure_scoring(ours, rows):
     return {"rate": tokens / (time.perf_counter() - began)}
 
 
+def measure_measured(rows):
+    """(Rows, seconds) of each part of script.measure, with `rows` articles or facts in each.
+
+    Everyday text and facts are the real ones, but a token is a word here, which is longer than GPT-2's.
+    """
+    _, tokenizer, model = make_ours()
+    settings = SimpleNamespace(MAX_LENGTH=512, BATCH_SIZE=script.BATCH_SIZE, TRAIN_ON_PROMPT=True)
+    train, held_out = make_texts(rows, seed=1), make_texts(rows)
+    encoded = script.encode(tokenizer, train, settings.MAX_LENGTH, end=True)
+    read_lines, score_rows, parts = script.read_lines, script.score_rows, []
+
+    def timed(model, tokenizer, texts, **options):
+        began = time.perf_counter()
+        scores = score_rows(model, tokenizer, texts, **options)
+        parts.append((len(texts), time.perf_counter() - began))
+        return scores
+
+    with mock.patch.multiple(script, score_rows=timed, read_lines=lambda path: read_lines(path)[:rows]):
+        script.measure(model, tokenizer, settings, train, held_out, encoded)
+    return parts
+
+
 def measure_generation(ours, new_tokens):
-    device = script.choose_hardware()[0] if ours else ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, model = make_tokenizer(), make_model(TRAINING["ours"] if ours else set()).to(device).eval()
+    device, tokenizer, model = make_ours() if ours else make_reference()
     questions = ["What is this ?"] * 5
     began = time.perf_counter()
     if ours:
@@ -175,9 +219,9 @@ def measure_generation(ours, new_tokens):
 
 def measure_matmul(repeats=5, tokens=2048):
     """GFLOP/s at the shapes of GPT-2's blocks in fp32 and, where the hardware has it, bf16."""
-    script.choose_hardware()
-    device, rates = "cuda" if torch.cuda.is_available() else "cpu", {}
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16()]:
+    hardware, rates = script.choose_hardware(), {}
+    device = hardware["device"]
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + (hardware["precision"] == "bf16")]:
         best = 0
         for _ in range(repeats):
             work, seconds = 0, 0.0
@@ -202,7 +246,8 @@ def measure_rows(n, steps):
     began = time.perf_counter()
     train, test, _ = script.load_splits(str(path), test_size=0.1, seed=42)
     prepared = time.perf_counter() - began
-    result = measure_training(TRAINING["ours"], steps, train["text"][:])
+    variant = on_this_machine(TRAINING["ours"], script.choose_hardware())
+    result = measure_training(variant, steps, train["text"][:])
     return {**result, "seconds": prepared, "train_rows": len(train), "test_rows": len(test)}
 
 
@@ -218,12 +263,13 @@ def in_own_process(function, *args, checkout=None):
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def print_training(variants, matmul, steps, checkout):
+def print_training(variants, hardware, matmul, steps, checkout):
     """The table of training; returns tokens/s of every line."""
     print("| training | tokens/s | ratio | peak memory | share of the best matmul rate |\n|---|---|---|---|---|")
     rates = {}
     for label, variant in variants.items():
         beside = checkout if label == BESIDE else None
+        variant = on_this_machine(variant, hardware)
         result = in_own_process("measure_training", variant, steps, checkout=beside)
         rates[label] = rate = result["rate"]
         # a LoRA step: forward and the gradient of the activations, none of the weights; attention left out
@@ -233,11 +279,23 @@ def print_training(variants, matmul, steps, checkout):
     return rates
 
 
-def print_whole_job(rates, scoring_rows, checkout):
-    """The tables of scoring and of answers, and the whole reference job as projected from all three."""
+def print_measured(rows):
+    """The table of all that is measured before training; returns its seconds at the real data's size, in a dict."""
+    print("\n| measured before training | rows | seconds | seconds at the real size |\n|---|---|---|---|")
+    seconds = {}
+    for (label, all_rows), (scored, took) in zip(
+        MEASURED.items(), in_own_process("measure_measured", rows), strict=True
+    ):
+        seconds[label] = took * all_rows / scored
+        print(f"| {label} | {scored:,} | {took:.1f} | {seconds[label]:,.0f} for {all_rows:,} |", flush=True)
+    return seconds
+
+
+def print_whole_job(rates, scoring_rows, measured_rows, checkout):
+    """The tables of scoring, of answers and of what is measured, and the whole reference job as they project it."""
     print("\n| scoring and generation | tokens/s | ratio |\n|---|---|---|")
     tokens = sum(min(512, 105 + n) for n in ANSWER_TOKENS) / len(ANSWER_TOKENS)  # of a row, roughly
-    base, projected = {}, []
+    base, projected = {}, {}
     for label in (REFERENCE, "ours", BESIDE):
         if label not in rates:
             continue
@@ -249,9 +307,13 @@ def print_whole_job(rates, scoring_rows, checkout):
             print(f"| {what}, {label} | {rate:,.0f} | {ratio:.1f} |", flush=True)
         scored = 2 * (687 if ours else 100)
         seconds = 386 * 16 * tokens / rates[label] + (3 * 687 + scored) * tokens / scoring + 2500 / asking
-        projected.append(f"- {label}, perplexity of {scored // 2} rows: {seconds / 3600:.2f} hours")
+        projected[f"{label}, perplexity of {scored // 2} rows"] = seconds
+    *twice, once = print_measured(measured_rows).values()
+    held_out, *rest = twice
+    more = 2 * sum(rest) + once
+    projected["ours, with all that it measures"] = projected["ours, perplexity of 687 rows"] + more
     print("\nThe whole job (386 steps of 16 rows, 3 validations of 687 rows, perplexity twice, 10 answers), projected:")
-    print("\n".join(projected))
+    print("\n".join(f"- {label}: {seconds / 3600:.2f} hours" for label, seconds in projected.items()))
 
 
 def main():
@@ -261,6 +323,9 @@ def main():
     parser.add_argument("--beside", metavar="CHECKOUT", help="another checkout of this project")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of 16 rows to time, after a first one")
     parser.add_argument("--scoring-rows", type=int, default=687, help="rows that this script scores")
+    parser.add_argument(
+        "--measured-rows", type=int, default=24, help="articles or facts in each part of what is measured"
+    )
     parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.call:
@@ -268,9 +333,9 @@ def main():
         print(json.dumps(globals()[function](*[set(value) if isinstance(value, list) else value for value in values])))
         return
     matmul = in_own_process("measure_matmul")
-    name, cores = script.choose_hardware()[2], torch.get_num_threads()
+    hardware, cores = script.choose_hardware(), torch.get_num_threads()
     fp32, bf16 = matmul["torch.float32"], matmul.get("torch.bfloat16", 0)
-    print(f"GPT-2 124M, random weights, on {name}, {cores} cores, torch {torch.__version__};")
+    print(f"GPT-2 124M, random weights, on {hardware['name']}, {cores} cores, torch {torch.__version__};")
     print(f"matrix multiplication at its shapes {fp32:,.0f} GFLOP/s in fp32, {bf16 or 'none'} in bf16.\n")
     if args.rows:
         print("| rows | read, clean, split | training tokens/s | peak memory |\n|---|---|---|---|")
@@ -280,13 +345,13 @@ def main():
             print(f"| {n:,} | {cost} |", flush=True)
         return
     if args.pieces:
-        print_training({REFERENCE: set()} | PIECES, matmul, args.steps, None)
+        print_training({REFERENCE: set()} | PIECES, hardware, matmul, args.steps, None)
         return
     variants = dict(TRAINING)
     if args.beside:
         variants[BESIDE] = TRAINING["ours"]
-    rates = print_training(variants, matmul, args.steps, args.beside)
-    print_whole_job(rates, args.scoring_rows, args.beside)
+    rates = print_training(variants, hardware, matmul, args.steps, args.beside)
+    print_whole_job(rates, args.scoring_rows, args.measured_rows, args.beside)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ all else about them is real.
 
 import multiprocessing
 import os
+import sys
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["finetune_medical_gpt2"])
@@ -38,6 +39,7 @@ def in_child(writer, error_path, variables, function, arguments):
     """In the new process: what it writes goes to the pipe and to the file of its errors."""
     os.dup2(writer.fileno(), 1)
     writer.close()
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # the server's may be a file, which is no pipe
     os.dup2(os.open(error_path, os.O_WRONLY), 2)
     os.environ.update(variables)
     function(*arguments)

@@ -1,6 +1,6 @@
 """What the test files share: constants, helper functions to import, and the fixtures.
 
-`tiny` and `rows` are the model and the data of the offline default, `short_run` is the folder of one finished run on
+`tiny` and `rows` are the model and the data of the demo, `short_run` is the folder of one finished run on
 them. All three are made once and read by many tests, so a test that changes something works on a copy.
 """
 
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -25,8 +26,19 @@ import torch  # noqa: E402
 import finetune_medical_gpt2 as script  # noqa: E402
 
 TINY = TESTS / "tiny_gpt2"
+
+
+def first_lines(name, count):
+    """A file with the first lines of one in tests/."""
+    lines = (TESTS / name).read_text(encoding="utf-8").splitlines(keepends=True)
+    path = Path(tempfile.mkdtemp(), name)
+    path.write_text("".join(lines[:count]), encoding="utf-8")
+    return path
+
+
 SHORT_RUN = {
     "MODEL_NAME": str(TINY),
+    "MODEL_REVISION": None,
     "DATASET_NAME": str(TESTS / "medical_terms.jsonl"),
     "MAX_STEPS": 24,
     "EVAL_STEPS": 10,
@@ -36,17 +48,17 @@ SHORT_RUN = {
     "GRADIENT_ACCUMULATION_STEPS": 1,
     "MAX_LENGTH": 256,
     "MAX_NEW_TOKENS": 24,
-    "TITLE_ROWS": 4,
-    "GENERAL_ARTICLES": 3,
+    "SAMPLE_ROWS": 4,
+    "FACTS": first_lines("medical_facts.jsonl", 8),
+    "EVERYDAY": first_lines("everyday.jsonl", 2),
 }
-# On top of SHORT_RUN, where it is enough that a run goes through: one title row means no title test.
+# On top of SHORT_RUN, where it is enough that a run goes through.
 ONE_STEP = {
     "MAX_STEPS": 1,
     "MAX_LENGTH": 64,
     "QUESTIONS": {"Gout": "What is gout?"},
     "MAX_NEW_TOKENS": 2,
-    "TITLE_ROWS": 1,
-    "GENERAL_ARTICLES": 1,
+    "SAMPLE_ROWS": 1,
 }
 
 
@@ -76,16 +88,10 @@ def flat(scores):
 
 
 def without_times(results):
-    """What two runs of the same command must share: everything but times, memory, and what no training depends on."""
+    """What two runs of the same command must share: everything but times and folders."""
     results = json.loads(json.dumps(results))
-    for group, name in (
-        ("training", "seconds"),
-        ("training", "tokens_per_second"),
-        ("hardware", "stage_seconds"),
-        ("hardware", "peak_memory_gib"),
-        ("settings", "OUTPUT_DIR"),
-        ("settings", "SAVE_MERGED"),
-    ):
+    del results["stage_seconds"]
+    for group, name in (("training", "seconds"), ("training", "tokens_per_second"), ("settings", "OUTPUT_DIR")):
         del results[group][name]
     return results
 
@@ -139,7 +145,7 @@ def rows():
 def short_run(tmp_path_factory):
     """The folder of one finished run of main(), on whatever hardware this is."""
     with pytest.MonkeyPatch.context() as patch:
-        set_constants(patch, tmp_path_factory.mktemp("outputs"), SAVE_MERGED=True)
+        set_constants(patch, tmp_path_factory.mktemp("outputs"))
         return script.main()
 
 

@@ -58,8 +58,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, path, kind):
         mood, missing = self.server.mood, {"X_Error_Code": "RepoNotFound", "X_Error_Message": "Repository not found"}
-        if mood in ("500", "403"):
+        if mood.isdecimal():
             self.reply(int(mood), {"error": "oh no"})
+        elif mood == "login page":
+            self.reply(200, b"<html>Please accept our terms.</html>", Content_Type="text/html")
         elif mood == f"no {kind}":
             self.reply(404, {"error": "Repository not found"}, **missing)
         elif mood == "private":

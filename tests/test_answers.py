@@ -1,39 +1,40 @@
-"""Answers: seeded, drawn as the probabilities say, and ended where they end; and models that can't be asked."""
+"""Answers: seeded, drawn as the probabilities say, ended where they end, and asked with and without the adapter."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, load_tiny, unigram_model
-from transformers import RobertaConfig, RobertaForCausalLM, RwkvConfig, RwkvForCausalLM
+from conftest import TINY, load_tiny, row, unigram_model
+from peft import LoraConfig, get_peft_model
+from tokenizers import processors
 
 import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import InputError, answer_stats, ask, generate_answers
+from finetune_medical_gpt2 import answer_stats, ask, generate_answers, where_seen
 
 QUESTIONS = ["What is a bicycle?", "What is the long and winding history of the river that crosses the old town?"]
 
 
-def test_answers_are_seeded_and_leave_torchs_random_state_alone(tiny):
+def test_answers_are_seeded_and_hold_no_prompt(tiny):
     asked = {"max_new_tokens": 16, "temperature": 0.7}
-    torch.manual_seed(123)
-    state = torch.get_rng_state()
     answers = generate_answers(*tiny, QUESTIONS, **asked, seed=1)
     assert answers == generate_answers(*tiny, QUESTIONS, **asked, seed=1)
     assert answers != generate_answers(*tiny, QUESTIONS, **asked, seed=2)
-    assert torch.equal(state, torch.get_rng_state())
     for question, answer in zip(QUESTIONS, answers, strict=True):
         assert question not in answer and "[/INST]" not in answer
 
 
-def test_answers_are_the_same_in_a_batch_as_alone(tiny):
-    greedy = {"max_new_tokens": 16, "temperature": 0, "seed": 1}
-    alone = [generate_answers(*tiny, [question], **greedy)[0] for question in QUESTIONS]
-    assert generate_answers(*tiny, QUESTIONS, **greedy) == alone
+def test_an_answer_does_not_depend_on_what_else_is_asked(tiny):
+    asked = {"max_new_tokens": 16, "temperature": 0.7, "seed": 1}
+    alone = [ask(*tiny, question, **asked)[0] for question in reversed(QUESTIONS)]
+    assert generate_answers(*tiny, QUESTIONS, **asked) == alone[::-1]
 
 
 def drawn_words(log_probs, **asked):
-    """The words of 500 tokens, drawn for five questions from the same log-probabilities at every position."""
+    """The words of 300 tokens, drawn with three seeds from the same log-probabilities at every position."""
     model, tokenizer = unigram_model(log_probs)
-    words = " ".join(generate_answers(model, tokenizer, ["What?"] * 5, max_new_tokens=100, seed=3, **asked)).split()
-    assert len(words) == 500
+    answers = [ask(model, tokenizer, "What?", max_new_tokens=100, seed=seed, **asked)[0] for seed in range(3)]
+    words = " ".join(answers).split()
+    assert len(words) == 300
     return words
 
 
@@ -45,7 +46,7 @@ def test_answers_are_drawn_as_the_probabilities_say(tiny):
     drawn = drawn_words(log_probs, temperature=0.5)
     # at temperature 0.5 a probability p counts as p squared
     for word, p in zip(words, (0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46), strict=True):
-        assert drawn.count(word.strip()) / 500 == pytest.approx(p, abs=0.06)
+        assert drawn.count(word.strip()) / 300 == pytest.approx(p, abs=0.06)
 
 
 def test_only_the_fifty_likeliest_tokens_are_drawn(tiny):
@@ -80,14 +81,14 @@ def test_an_answer_ends_at_the_end_mark_or_eos(tiny, end):
     more = tiny[1](" More of it")["input_ids"]
     tokens = iter([*tiny[1](f" Rest{end}")["input_ids"], *more])
     asked = {"max_new_tokens": 20, "temperature": 0.7, "seed": 0}
-    assert ask(*scripted_model(tokens), ["What is rest?"], **asked) == [("Rest", True)]
+    assert ask(*scripted_model(tokens), "What is rest?", **asked) == ("Rest", True)
     assert list(tokens) == more  # which nobody waited for
 
 
 def test_an_answer_that_is_cut_off_has_not_ended(tiny):
     tokens = iter(tiny[1](" Rest")["input_ids"])
     asked = {"max_new_tokens": len(tiny[1](" Rest")["input_ids"]), "temperature": 0.7, "seed": 0}
-    assert ask(*scripted_model(tokens), ["What is rest?"], **asked) == [("Rest", False)]
+    assert ask(*scripted_model(tokens), "What is rest?", **asked) == ("Rest", False)
 
 
 def test_scoring_and_asking_leave_the_model_as_it_was(rows, monkeypatch):
@@ -110,22 +111,43 @@ def test_answer_stats_are_those_counted_by_hand():
     assert answer_stats("It stops in the middle of a.", finished=False)["finished"] is False
 
 
-# Models that are made on the spot: as many tokens as the tiny tokenizer has, random weights.
-SMALL = {"vocab_size": 6144, "hidden_size": 64, "intermediate_size": 96, "bos_token_id": 0, "eos_token_id": 0}
+@pytest.mark.parametrize(
+    "topic, seen",
+    [
+        ("gout", "trained on"),
+        ("Vitamin C", "trained on"),
+        ("anthrax", "held out"),
+        ("Cancer (lung)", "held out"),
+        ("Out", "not in the data"),  # no part of a word
+        ("Scurvy", "not in the data"),  # answers don't count
+        ("helpful", "not in the data"),  # nor does the system prompt
+        ("in detail", "trained on"),  # of both sides, the one that was trained on
+    ],
+)
+def test_a_topic_is_found_in_the_rows_questions(topic, seen):
+    train = [row("Gout"), row("vitamin c", "It prevents scurvy.")]
+    assert where_seen(topic, train, [row("Anthrax"), row("cancer (lung)")]) == seen
 
 
-def test_a_model_that_sees_the_future_is_refused(tiny):
+def test_both_are_asked_the_same_once_without_the_adapter_and_once_with_it():
+    base, tokenizer = load_tiny()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    greedy = {"max_new_tokens": 12, "temperature": 0, "seed": 0}
+    before = [ask(base, tokenizer, question, **greedy) for question in QUESTIONS]
     torch.manual_seed(0)
-    size = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1026}
-    config = RobertaConfig(**SMALL, **size, initializer_range=0.15)
-    with pytest.raises(InputError, match="not causal"):
-        script.check_model(RobertaForCausalLM(config).eval(), tiny[1])
-    config.is_decoder = True
-    script.check_model(RobertaForCausalLM(config).eval(), tiny[1])
-
-
-def test_a_model_that_ignores_the_padding_is_refused(tiny):
-    torch.manual_seed(1)
-    config = RwkvConfig(**SMALL, num_hidden_layers=3, attention_hidden_size=64, context_length=1024)
-    with pytest.raises(InputError, match="ignores the attention mask"):
-        script.check_model(RwkvForCausalLM(config).eval(), tiny[1])
+    lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    cfg = SimpleNamespace(
+        QUESTIONS=dict(zip(["bicycle", "river"], QUESTIONS, strict=True)), MAX_NEW_TOKENS=12, TEMPERATURE=0, SEED=0
+    )
+    answers = script.ask_both(model, tokenizer, cfg, [row("a bicycle")], [row("a river")])
+    after = [ask(model.merge_and_unload(), tokenizer, question, **greedy) for question in QUESTIONS]
+    assert [answer["seen"] for answer in answers] == ["trained on", "held out"]
+    for answer, question, one, other in zip(answers, QUESTIONS, before, after, strict=True):
+        assert answer["question"] == question and answer["before"] != answer["after"]
+        assert (answer["before"], answer["before_stats"]["finished"]) == one
+        assert (answer["after"], answer["after_stats"]["finished"]) == other
+        # what the card's snippet gives to the model, as it is
+        assert answer["prompt"] == "<|endoftext|>" + script.format_prompt(question)

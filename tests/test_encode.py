@@ -1,16 +1,15 @@
 """Model and data: texts as a model sees them, whatever a tokenizer adds, cuts or pads by itself."""
 
+import json
 import re
+import shutil
 
 import pytest
-from conftest import TINY
-from tokenizers import processors
+from conftest import TINY, load_tiny
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import encode, format_prompt
-
-QUESTIONS = ["What is gout?", "How long does the flu last for most grown people in a cold winter, and why?"]
+from finetune_medical_gpt2 import ask, encode, format_prompt, leading_ids, load_tokenizer
 
 
 def test_encode_marks_the_answer_and_truncates(tiny, rows):
@@ -47,10 +46,16 @@ def tokenizer_that(adds):
     """The tiny tokenizer, made to add tokens by itself, to cut on the left, or to come with saved cuts and padding."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     eos = tokenizer.eos_token  # in GPT-2 the BOS, too
-    templates = {"appends EOS": f"$A {eos}", "prepends BOS": f"{eos} $A", "does both": f"{eos} $A {eos}"}
+    templates = {
+        "appends EOS": f"$A {eos}",
+        "prepends BOS": f"{eos} $A",
+        "does both": f"{eos} $A {eos}",
+        "prepends two others": f"Ġthe Ġof $A {eos}",
+    }
     if adds in templates:
+        tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (eos, "Ġthe", "Ġof")]
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single=templates[adds], special_tokens=[(eos, tokenizer.eos_token_id)]
+            single=templates[adds], special_tokens=tokens
         )
     else:
         tokenizer.backend_tokenizer.enable_truncation(20)
@@ -59,37 +64,61 @@ def tokenizer_that(adds):
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    "adds, bos_tokens", [("appends EOS", 0), ("prepends BOS", 1), ("does both", 1), ("cuts and pads", 0)]
-)
-def test_what_a_tokenizer_does_by_itself_takes_no_part(tiny, rows, adds, bos_tokens):
+LEADING = {
+    "appends EOS": "",
+    "prepends BOS": "<|endoftext|>",
+    "does both": "<|endoftext|>",
+    "prepends two others": " the of",
+    "cuts and pads": "",
+}
+
+
+@pytest.mark.parametrize("adds", LEADING)
+def test_of_what_a_tokenizer_does_by_itself_only_its_leading_tokens_take_part(tiny, rows, adds):
     tokenizer, plain_tokenizer = tokenizer_that(adds), tiny[1]
-    eos = plain_tokenizer.eos_token_id
+    leading = plain_tokenizer(LEADING[adds])["input_ids"]
+    assert leading_ids(tokenizer) == leading
     for text in rows[0][:5]:
         for length in (10_000, 100):
-            (plain,) = encode(plain_tokenizer, [text], length - bos_tokens, end=True)
+            (plain,) = encode(plain_tokenizer, [text], length - len(leading), end=True)
             (row,) = encode(tokenizer, [text], length, end=True)
-            assert row.ids == [eos] * bos_tokens + plain.ids
-            assert row.first == bos_tokens + plain.first
+            assert row.ids == leading + plain.ids
+            assert row.first == len(leading) + plain.first
             assert row.answer_bytes == plain.answer_bytes
-    prompts = script.pad_left(tokenizer, QUESTIONS, "cpu")
-    plain_lengths = [len(plain_tokenizer(question)["input_ids"]) for question in QUESTIONS]
-    assert prompts["attention_mask"].sum(1).tolist() == [bos_tokens + length for length in plain_lengths]
-    assert (prompts["input_ids"][:, -1] != eos).all()
 
 
-def test_a_row_that_brings_its_own_bos_and_eos_gets_no_second_ones(rows):
-    tokenizer = tokenizer_that("does both")
-    text = tokenizer.bos_token + rows[0][0] + tokenizer.eos_token
+@pytest.mark.parametrize("adds", ["does both", "prepends two others"])
+def test_a_row_that_brings_its_own_leading_tokens_and_eos_gets_no_second_ones(rows, adds):
+    tokenizer = tokenizer_that(adds)
+    text = LEADING[adds] + rows[0][0] + tokenizer.eos_token
     (row,) = encode(tokenizer, [text], 10_000, end=True)
-    assert row.ids.count(tokenizer.bos_token_id) == 2
-    assert row.ids[0] == row.ids[-1] == tokenizer.eos_token_id
     assert row.ids == encode(tokenizer, [rows[0][0]], 10_000, end=True)[0].ids
 
 
-def test_a_model_that_expects_a_bos_gets_it_in_the_cards_prompt():
-    tokenizer = tokenizer_that("prepends BOS")
-    prompt = script.model_prompt(tokenizer, "What is gout?")
-    assert prompt == tokenizer.bos_token + format_prompt("What is gout?")
-    ids = script.pad_left(tokenizer, [format_prompt("What is gout?")], "cpu")["input_ids"][0].tolist()
-    assert tokenizer(prompt, add_special_tokens=False)["input_ids"] == ids
+@pytest.mark.parametrize("adds", LEADING)
+def test_a_question_is_asked_after_the_leading_tokens(tiny, adds):
+    model, asked = load_tiny()[0], []
+    model.generate = lambda ids, **options: asked.append(ids[0].tolist()) or ids
+    ask(model, tokenizer_that(adds), "What is gout?", max_new_tokens=1, temperature=0, seed=0)
+    assert asked == [tiny[1](LEADING[adds] + format_prompt("What is gout?"))["input_ids"]]
+
+
+DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+OWN_STEPS = {
+    "digits one by one": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}},
+    "lower case": {"normalizer": {"type": "Lowercase"}},
+}
+
+
+@pytest.mark.parametrize("steps", OWN_STEPS)
+def test_texts_are_tokenized_as_tokenizer_json_says(tmp_path, tiny, steps):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | OWN_STEPS[steps]))
+    # from which transformers builds a plain GPT-2 tokenizer anew
+    settings.write_text(json.dumps({"tokenizer_class": "GPT2TokenizerFast", "eos_token": "<|endoftext|>"}))
+    text = "[INST] What was THE FLU of 1917? [/INST] In 1918 THE FLU took 17 000 lives. </s>"
+    ids = Tokenizer.from_file(str(path)).encode(text).ids
+    assert ids != tiny[1](text)["input_ids"]
+    assert encode(load_tokenizer(folder), [text], 10_000)[0].ids == ids

@@ -1,5 +1,6 @@
 """Folder: a run's name stands for all that its training depends on, and for nothing else."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -36,13 +37,13 @@ NOT_TRAINED = {
     "MAX_NEW_TOKENS": 3,
     "TEMPERATURE": 0,
     "REPORT_TO": "wandb",
-    "SAVE_MERGED": True,
     "OFFLINE_FALLBACK": False,
     "MODEL_REVISION": "main",
     "DATASET_REVISION": "main",
     "DATASET_NAME": "elsewhere.jsonl",
     "MODEL_NAME": "elsewhere/tiny_gpt2",
-    "OUTPUT_DIR": "outputs",
+    "OUTPUT_DIR": "elsewhere",
+    "GRADIENT_CHECKPOINTING": True,
 }
 
 
@@ -65,10 +66,27 @@ def test_a_run_with_another_training_has_another_folder(tmp_path, monkeypatch):
     assert len(set(names)) == len(names) == len(TRAINED) + 7
 
 
-def test_a_step_of_the_same_rows_cut_otherwise_is_the_same_training():
-    assert folder_name(BATCH_SIZE=2, GRADIENT_ACCUMULATION_STEPS=8) == folder_name()
-
-
 @pytest.mark.parametrize("name", NOT_TRAINED)
 def test_what_training_does_not_depend_on_leaves_the_folder_as_it_is(name):
     assert folder_name(**{name: NOT_TRAINED[name]}) == folder_name()
+
+
+@pytest.mark.parametrize(
+    "model, start",
+    [
+        ("gpt2", "gpt2-"),
+        ("openai-community/gpt2", "gpt2-"),
+        (".", "my-model-"),  # the folder that one is in
+        ("models/v1.5_b/", "v1.5_b-"),
+        ("a: b$c", "a-b-c-"),
+        ("m" * 250, "m" * 60 + "-"),
+    ],
+)
+def test_a_runs_folder_has_a_name_that_any_disk_takes(tmp_path, monkeypatch, model, start):
+    (tmp_path / "my model").mkdir()
+    monkeypatch.chdir(tmp_path / "my model")
+    assert re.fullmatch(re.escape(start) + "[0-9a-f]{8}", folder_name(MODEL_NAME=model))
+
+
+def test_a_data_files_name_stands_without_its_ending():
+    assert script.short_name("data/terms.v2.jsonl.gz") == script.short_name("someone/terms.v2") == "terms.v2"

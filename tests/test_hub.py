@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import loopback_hub
@@ -15,7 +14,8 @@ from loopback_hub import COMMIT, FEW_LINES
 import finetune_medical_gpt2 as script
 
 PRELUDE = """
-import contextlib, io, json, urllib.request
+import contextlib, io, json, os, urllib.request
+from pathlib import PosixPath  # as the constants are printed
 import finetune_medical_gpt2 as script
 
 constants = script.huggingface_hub.constants
@@ -32,7 +32,7 @@ def results():
 
 
 class Fallback(Exception):
-    "The offline default was about to run."
+    "The demo was about to run."
 
 
 def outcome():
@@ -55,10 +55,10 @@ def stop_before_the_fallback(folder):
     return load_tokenizer(folder)
 
 
-def load_splits_and_count(*args, **kwargs):
+def read_texts_and_count(path):
     global asked_before
     asked_before = len(json.loads(ask_server("requests")))
-    return load_splits(*args, **kwargs)
+    return read_texts(path)
 
 
 def repo_info_soon(*args, **kwargs):
@@ -70,20 +70,23 @@ def repo_info_soon(*args, **kwargs):
 
 repo_info = script.huggingface_hub.HfApi.repo_info
 load_tokenizer, script.load_tokenizer = script.load_tokenizer, stop_before_the_fallback
-load_splits, script.load_splits = script.load_splits, load_splits_and_count
+read_texts, script.read_texts = script.read_texts, read_texts_and_count
 """
 
-# The Hub's mood -> (how main() ends, what it says). What isn't there, or refused, is the user's to mend; else there is
-# the offline default. "hang" comes last, as its requests stay open.
+# The Hub's mood -> (how main() ends, what it says). What isn't there, or refused, is the user's to mend; without an
+# answer there is the demo. "hang" comes last, as its requests stay open.
+NO_MODEL = "error: MODEL_NAME: the Hub has no model 'other/model' (revision {}), or you have no access to it"
 BAD_DAYS = {
-    "no model": (2, "error: MODEL_NAME: the Hub has no 'other/model'"),
-    "no dataset": (2, "error: DATASET_NAME: the Hub has no 'other/data'"),
-    "private": (2, "error: MODEL_NAME: the Hub refuses 'other/model' (401)"),
-    "no revision": (2, "error: MODEL_REVISION: other/model has no"),
-    "403": (2, "error: MODEL_NAME: the Hub refuses 'other/model' (403)"),
-    "500": ("fallback", "it answered 500"),
-    "close": ("fallback", "can't be reached (RemoteProtocolError"),
-    "hang": ("fallback", "can't be reached (ReadTimeout"),
+    "no model": (2, NO_MODEL.format(None)),
+    "no dataset": (2, "error: DATASET_NAME: the Hub has no dataset 'other/data' (revision None), or you have no"),
+    "private": (2, NO_MODEL.format(None)),
+    "no revision": (2, NO_MODEL.format(COMMIT)),
+    "403": (2, NO_MODEL.format(None)),
+    "429": ("fallback", "the Hub can't be reached (HfHubHTTPError: "),
+    "500": ("fallback", "the Hub can't be reached (HfHubHTTPError: "),
+    "login page": ("fallback", "the Hub can't be reached (JSONDecodeError: "),
+    "close": ("fallback", "the Hub can't be reached (RemoteProtocolError: "),
+    "hang": ("fallback", "the Hub can't be reached (ReadTimeout: "),
 }
 VISITS = f"""
 # A good day, and an empty cache.
@@ -111,6 +114,11 @@ for mood in {list(BAD_DAYS)}:
     ask_server("mood/" + mood.replace(" ", "-"))
     script.MODEL_REVISION = "{COMMIT}" if mood == "no revision" else None
     found["bad_days"][mood] = outcome(), json.loads(ask_server("requests"))
+
+# The client can't even be made: conda, for one, sets this variable.
+os.environ["SSL_CERT_FILE"] = "/nowhere/cacert.pem"
+script.huggingface_hub.close_session()
+found["no_certificates"] = outcome()
 print(json.dumps(found))
 """
 
@@ -122,11 +130,11 @@ def visits(tmp_path_factory):
     settings = {
         **SHORT_RUN,
         **ONE_STEP,
+        "MAX_LENGTH": 192,
         "MODEL_NAME": "some/model",
-        "MODEL_REVISION": None,
         "DATASET_NAME": "some/data",
+        "OUTPUT_DIR": str(folder / "out"),
     }
-    settings["OUTPUT_DIR"] = str(folder / "out")
     program = PRELUDE + f"vars(script).update({settings!r})\n" + VISITS
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(folder / "cache"), "no_proxy": "127.0.0.1"}
@@ -170,33 +178,57 @@ def test_without_the_hub_the_cache_is_used_but_not_for_another_commit(visits):
 
 
 @pytest.mark.parametrize("mood", BAD_DAYS)
-def test_on_a_bad_day_of_the_hub_there_is_one_line_or_the_offline_default(visits, mood):
+def test_on_a_bad_day_of_the_hub_there_is_one_line_or_the_demo(visits, mood):
     (code, shown), requests = visits.bad_days[mood]
     assert (code, "Traceback" in shown) == (BAD_DAYS[mood][0], False)
     assert BAD_DAYS[mood][1] in shown
     if code == "fallback":  # a Hub that fails is not asked again and again
         assert 1 <= len(requests) <= 2
+        assert "RUNNING THE DEMO" in shown
+    else:
+        assert len([line for line in shown.splitlines() if line and "Fetching" not in line]) == 1
 
 
 def test_without_the_fallback_a_hub_out_of_reach_is_one_line(visits):
     code, shown = visits.no_fallback
-    assert code == 2
+    assert (code, shown.count("\n")) == (2, 1)
     assert "error: the Hub can't be reached" in shown
+
+
+def test_without_certificates_the_hub_counts_as_out_of_reach(visits):
+    code, shown = visits.no_certificates
+    assert code == "fallback"
+    assert "the Hub can't be reached (FileNotFoundError: " in shown
+
+
+def test_a_download_that_breaks_off_is_the_users_to_repeat(monkeypatch):
+    def break_off(*args, **kwargs):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(script.huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: None)
+    monkeypatch.setattr(script.huggingface_hub, "snapshot_download", break_off)
+    with pytest.raises(script.InputError, match=r"owner/name: download interrupted \(connection reset\)"):
+        script.fetch("model", "owner/name")
 
 
 def test_a_folder_that_is_only_called_as_a_model_is_not_taken_for_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("gpt2").mkdir()
-    assert not script.is_local("model", "gpt2")
-    assert not script.is_local("dataset", "owner/name")
-    (Path("gpt2") / "config.json").write_text("{}")
-    assert script.is_local("model", "gpt2")
+    model = tmp_path / "gpt2"
+    model.mkdir()
+    assert script.local_path("model", "gpt2") is None
+    assert script.local_path("dataset", "owner/name") is None
+    (model / "config.json").write_text("{}")
+    for name in ("gpt2", "./gpt2", "gpt2/", str(model)):
+        assert script.fetch("model", name) == (model, None)
+    with pytest.raises(script.InputError, match="gpt2 is local, so set MODEL_REVISION = None"):
+        script.fetch("model", "gpt2", COMMIT)
 
 
-def test_a_relative_folder_is_local_however_it_is_written_and_stays_so(tmp_path, monkeypatch):
-    (tmp_path / "rows").mkdir()
+def test_a_data_file_is_local_however_it_is_written_and_a_folder_is_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("./rows", "rows/"):
-        path, commit = script.fetch("dataset", name)
-        assert (path, commit) == (tmp_path / "rows", None)
-        assert script.fetch("dataset", str(path)) == (path, None)  # not taken for a Hub id called rows
+    (tmp_path / "rows").mkdir()
+    for name in ("rows.csv", "./rows/rows.jsonl", "rows/rows.parquet", "rows.json.gz"):  # there or not
+        assert script.fetch("dataset", name) == (tmp_path / name, None)
+    for name in ("rows", "./rows", "rows/", str(tmp_path / "rows")):
+        with pytest.raises(script.InputError, match="rows is a folder: name the file in it"):
+            script.fetch("dataset", name)

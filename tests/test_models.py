@@ -5,13 +5,14 @@ import math
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import ONE_STEP, TINY, load_tiny, plain_nll, read, set_constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import evaluate_perplexity, generate_answers
+from finetune_medical_gpt2 import InputError, encode, evaluate_perplexity, generate_answers
 
 QUESTIONS = ["What is gout?", "How long does the flu last for most grown people in a cold winter, and why?"]
 GREEDY = {"max_new_tokens": 16, "temperature": 0, "seed": 0}
@@ -25,21 +26,45 @@ def edited_folder(tmp_path, name, **changes):
     return folder
 
 
-def test_a_folder_that_is_not_there_is_no_model_folder(tmp_path, expect_error):
-    expect_error("no model folder", MODEL_NAME=str(tmp_path / "model"))
-
-
 @pytest.mark.parametrize(
     "missing, message",
     [
-        ("config.json", "has no config.json"),
-        ("model.safetensors", "no .safetensors weights"),
-        ("tokenizer.json", "needs a fast tokenizer"),
+        ("*", "no usable tokenizer.json"),
+        ("config.json", "can't be loaded: "),
+        ("model.safetensors", "no file named model.safetensors"),
+        ("tokenizer.json", "no usable tokenizer.json"),
     ],
 )
 def test_a_model_folder_without_one_of_its_files_ends_with_one_line(tmp_path, expect_error, missing, message):
     folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns(missing))
     expect_error(message, MODEL_NAME=str(folder))
+
+
+def test_a_model_without_one_of_its_weights_is_refused_by_the_weights_name(tmp_path, expect_error):
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    weights, name = safetensors.torch.load_file(folder / "model.safetensors"), "transformer.h.3.mlp.c_fc.weight"
+    weights[f"_orig_mod.{name}"] = weights.pop(name)  # as torch.compile saves it
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    expect_error(f"lacks 1 of the model's weights, such as {name}", MODEL_NAME=str(folder))
+
+
+def test_an_encoder_decoder_is_refused_by_its_name_in_a_short_line(tmp_path):
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 6144, "d_model": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="can't be loaded: .*T5Config") as error:
+        script.load_model(tmp_path)
+    assert len(str(error.value)) <= 400 and "\n" not in str(error.value)
+
+
+def test_a_folder_that_shadows_a_model_of_the_hub_does_not_stand_in_for_its_revision(
+    tmp_path, monkeypatch, expect_error
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    assert script.local_path("model", "gpt2") is None  # there is no model in it
+    shutil.copytree(TINY, tmp_path / "gpt2", dirs_exist_ok=True)
+    assert script.local_path("model", "gpt2") == tmp_path / "gpt2"
+    expect_error("gpt2 is local, so set MODEL_REVISION = None", MODEL_NAME="gpt2", MODEL_REVISION="607a30d")
 
 
 def test_a_tokenizer_without_an_end_token_ends_with_one_line(tmp_path, expect_error):
@@ -62,23 +87,12 @@ def test_a_folders_generation_config_takes_no_part_in_the_answers(tmp_path, tiny
 
 def test_tokens_that_a_folder_suppresses_are_answered_all_the_same(tmp_path, tiny):
     base, tokenizer = tiny
-    prompt = script.pad_left(tokenizer, [script.format_prompt(QUESTIONS[0])], "cpu")
+    (prompt,) = encode(tokenizer, [script.format_prompt(QUESTIONS[0])], 1024)
     with torch.no_grad():
-        likeliest = base(**prompt).logits[0, -1].argmax().item()
+        likeliest = base(torch.tensor([prompt.ids])).logits[0, -1].argmax().item()
     folder = edited_folder(tmp_path, "generation_config.json", suppress_tokens=[likeliest])
     (answer,) = generate_answers(script.load_model(folder), tokenizer, QUESTIONS[:1], **GREEDY)
     assert answer.startswith(tokenizer.decode(likeliest).strip())
-
-
-def test_a_config_that_asks_for_other_outputs_changes_nothing(tmp_path, tiny, rows):
-    base, tokenizer = tiny
-    changes = {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
-    model = script.load_model(edited_folder(tmp_path, "config.json", **changes))
-    script.check_model(model, tokenizer)
-    scores = evaluate_perplexity(model, tokenizer, rows[1][:2], max_length=99)
-    assert scores == evaluate_perplexity(base, tokenizer, rows[1][:2], max_length=99)
-    answers = generate_answers(model, tokenizer, QUESTIONS, **GREEDY)
-    assert answers == generate_answers(base, tokenizer, QUESTIONS, **GREEDY)
 
 
 # Models of other kinds, made on the spot: as many tokens as the tiny tokenizer has, random weights.
@@ -104,7 +118,6 @@ def test_a_model_of_another_memory_scores_as_a_plain_loop_does(tmp_path, rows, f
     config = AutoConfig.for_model(family, **{**SMALL, **size, **OTHER_MEMORIES[family]})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model, tokenizer = script.load_model(tmp_path).eval(), load_tiny()[1]
-    script.check_model(model, tokenizer)
     nll = [plain_nll(model, tokenizer(text)["input_ids"][:150]) for text in rows[1][:5]]
     scores = evaluate_perplexity(model, tokenizer, rows[1][:5], max_length=150)
     assert scores["full_text"] == pytest.approx(torch.cat(nll).double().mean().exp().item(), rel=1e-4)

@@ -26,9 +26,9 @@ def curves(ax):
 
 
 def test_losses_stand_at_their_steps_and_the_training_loss_in_the_middle_of_its_window(axes):
-    script.plot_training_loss(HISTORY, "plot.png", title="cost$_$data", loss_on="all tokens")
+    script.plot_training_loss(HISTORY, "plot.png", title="cost$_$data")
     assert curves(axes[0]) == {
-        "validation, answers only: 4.00 to 3.50": [[0, 4.0], [20, 3.5]],
+        "validation, answers: 4.00 to 3.50": [[0, 4.0], [20, 3.5]],
         "validation, all tokens: 3.00 to 1.50": [[0, 3.0], [20, 1.5]],
         "training, all tokens: 2.50 to 2.00": [[5, 2.5], [15, 2.0]],
     }
@@ -36,34 +36,41 @@ def test_losses_stand_at_their_steps_and_the_training_loss_in_the_middle_of_its_
 
 
 def test_the_answers_curve_is_not_drawn_twice_where_the_loss_is_on_them(axes):
-    script.plot_training_loss(HISTORY, "plot.png", loss_on="the answers only")
-    assert list(curves(axes[0])) == [
-        "validation, the answers only: 3.00 to 1.50",
-        "training, the answers only: 2.50 to 2.00",
-    ]
+    script.plot_training_loss(HISTORY, "plot.png", on_prompt=False)
+    assert set(curves(axes[0])) == {"validation, answers: 4.00 to 3.50", "training, answers: 2.50 to 2.00"}
+
+
+BEFORE = {"answer": 40.0, "answer_ci95": [35.0, 45.0]}
+AFTER = {"answer": 20.0, "answer_ci95": [18.0, 22.0]}
 
 
 def test_bars_are_the_perplexities_before_and_after_the_answers_with_their_interval(axes):
-    before = {"answer": 40.0, "answer_ci95": [35.0, 45.0], "full_text": 80.0, "seed_protocol": 82.0}
-    after = {"answer": 20.0, "answer_ci95": [18.0, 22.0], "full_text": 8.0, "seed_protocol": 8.2}
-    script.plot_perplexity(before, after, "plot.png")
+    trained, everyday = {"before": 41.0, "after": 15.0}, {"before": 90.0, "after": 99.0}
+    script.plot_perplexity(BEFORE, AFTER, "plot.png", trained=trained, everyday=everyday)
     (ax,) = axes
-    assert [bar.get_width() for bar in ax.patches] == [40.0, 20.0, 80.0, 8.0, 82.0, 8.2]
-    assert [text.get_text() for text in ax.texts] == [
-        "before 40.00",
-        "after 20.00 (-50 %)",
-        "before 80.00",
-        "after 8.00 (-90 %)",
-        "before 82.00",
-        "after 8.20 (-90 %)",
-    ]
-    intervals = [lines.get_segments()[0][:, 0].tolist() for lines in ax.collections]
-    assert intervals == [[35.0, 45.0], [18.0, 22.0]]
-    middles = [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
-    between = [(middles[i] + middles[i + 1]) / 2 for i in (0, 2, 4)]
-    assert ax.get_yticks().tolist() == pytest.approx(between)
-    assert [label.get_text().split("\n")[0] for label in ax.get_yticklabels()] == [
-        "answers only",
-        "full text,",
-        "reference protocol,",
-    ]
+    before, after = ax.containers
+    assert [bar.get_width() for bar in before] == [40.0, 41.0, 90.0]
+    assert [bar.get_width() for bar in after] == [20.0, 15.0, 99.0]
+    expected = ["before 40.00", "before 41.00", "before 90.00", "after 20.00", "after 15.00", "after 99.00"]
+    assert [text.get_text() for text in ax.texts] == expected
+    intervals = [lines.get_segments()[0] for lines in ax.collections]
+    assert [ends[:, 0].tolist() for ends in intervals] == [[35.0, 45.0], [18.0, 22.0]]
+    for ends, bars in zip(intervals, ax.containers, strict=True):
+        assert ends[0, 1] == pytest.approx(bars[0].get_y() + bars[0].get_height() / 2)
+    for tick, pair in zip(ax.get_yticks(), zip(before, after, strict=True), strict=True):
+        assert tick == pytest.approx((pair[0].get_y() + pair[1].get_y() + pair[1].get_height()) / 2)
+    labels = [label.get_text().replace("\n", " ") for label in ax.get_yticklabels()]
+    assert labels == ["answers, held-out articles (95% interval)", "answers, training articles", "everyday text"]
+
+
+def test_without_everyday_text_there_is_no_bar_of_it(axes):
+    script.plot_perplexity(BEFORE, AFTER, "plot.png")
+    assert [len(bars) for bars in axes[0].containers] == [1, 1]
+
+
+def test_a_users_own_style_takes_no_part(tmp_path):
+    with script.matplotlib.rc_context({"text.usetex": True}):  # and there may be no LaTeX
+        script.plot_training_loss(HISTORY, tmp_path / "loss.png", title="100 % of tiny_gpt2")
+        script.plot_perplexity(BEFORE, AFTER, tmp_path / "perplexity.png")
+        assert script.matplotlib.rcParams["text.usetex"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())

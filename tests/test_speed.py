@@ -21,7 +21,7 @@ def test_bfloat16_scores_are_those_of_float32(tiny, rows):
     texts = [text.split("<</SYS>>")[1][:400] for text in rows[1][:2]]
     exact = evaluate_perplexity(model, tokenizer, texts, max_length=256)
     rounded = evaluate_perplexity(load_bf16(), tokenizer, texts, max_length=256)
-    for kind in ("full_text", "answer", "seed_protocol", "bits_per_byte"):
+    for kind in ("full_text", "answer", "reference_protocol", "bits_per_byte"):
         assert rounded[kind] == pytest.approx(exact[kind], rel=0.01)
 
 
@@ -129,12 +129,11 @@ def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(monk
 
 @pytest.mark.parametrize(
     "processes, message",
-    [(1, "torchrun --nproc_per_node=2, or one with CUDA_VISIBLE_DEVICES=0"), (3, "more processes")],
+    [(1, "1 process.es. for 2 GPU.s.: use torchrun --nproc_per_node=2"), (3, "3 process")],
 )
 def test_one_process_or_too_many_for_several_gpus_are_an_error(monkeypatch, processes, message):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     with pytest.raises(InputError, match=message):
         script.choose_hardware()

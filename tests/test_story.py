@@ -1,13 +1,17 @@
 """The story as main() tells it: it learns, its baseline is honest, and what is done is not done again."""
 
 import json
-import re
 import shutil
 
 import pytest
-from conftest import ONE_STEP, SHORT_RUN, TINY, read, set_constants, without_times
+from conftest import ONE_STEP, SHORT_RUN, TINY, first_lines, read, set_constants, without_times
 
 import finetune_medical_gpt2 as script
+
+STAGES = ["before", "training", "after", "answers"]
+FEW_ROWS = first_lines("medical_terms.jsonl", 16)
+FEW_STEPS = {**ONE_STEP, "DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192}
+FIVE_STEPS = {**FEW_STEPS, "MAX_STEPS": 5, "EVAL_STEPS": 2, "LOGGING_STEPS": 1}
 
 
 def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
@@ -15,7 +19,7 @@ def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
     before, after = perplexity["before"], perplexity["after"]
     assert after["answer"] < 0.85 * before["answer"]
     assert after["full_text"] < 0.6 * before["full_text"]
-    assert perplexity["change"]["ci95"][1] < 0
+    assert perplexity["trained"]["after"] < 0.9 * perplexity["trained"]["before"]
 
 
 def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
@@ -30,33 +34,24 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
     assert answers != [answer["after"] for answer in results["answers"]]
 
 
-def test_the_samples_shown_in_training_change_no_result(tmp_path, monkeypatch, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 1, "DATASET_NAME": str(few_rows)}
-    set_constants(monkeypatch, tmp_path / "with", **changes)
-    with_samples = script.main()
-    ask, samples = script.ask, []
+@pytest.mark.parametrize("on_purpose", [True, False])
+def test_the_demo_runs_on_purpose_or_where_the_hub_is_out_of_reach(tmp_path, monkeypatch, capsys, on_purpose):
+    def fetch(*args):
+        assert not on_purpose, "the Hub was asked"
+        raise script.HubUnreachable("no cable")
 
-    def ask_all_but_samples(*args, **kwargs):
-        if kwargs["max_new_tokens"] != 30:
-            return ask(*args, **kwargs)
-        samples.append(kwargs)
-        return [("not asked", True)]
-
-    set_constants(monkeypatch, tmp_path / "without", **changes)
-    monkeypatch.setattr(script, "ask", ask_all_but_samples)
-    without_samples = script.main()
-    assert len(samples) == 2  # validations before the last step
-    assert without_samples.name == with_samples.name
-    assert without_times(read(without_samples)) == without_times(read(with_samples))
-
-
-def test_after_each_stage_its_time_is_said(tmp_path, monkeypatch, capsys, few_rows):
-    set_constants(monkeypatch, tmp_path, **ONE_STEP, DATASET_NAME=str(few_rows))
-    script.main()
-    lines = capsys.readouterr().out.splitlines()
-    said = [line for line in lines if re.search(r" in \d\d:\d\d$|^\d\d:\d\d in all", line)]
-    assert [line.split(" in")[0] for line in said[:3]] == ["before: all measured", "trained", "after: all measured"]
-    assert len(said) == 4
+    changes = {"MODEL_NAME": "no/model", "DATASET_NAME": "no/data", "DATASET_REVISION": "0" * 40}
+    set_constants(monkeypatch, tmp_path / "out", **{**FEW_STEPS, **changes})
+    monkeypatch.setitem(script.DEMO_SETTINGS, "DATASET_NAME", str(FEW_ROWS))
+    monkeypatch.setattr(script, "fetch", fetch)
+    monkeypatch.chdir(tmp_path)  # tests/ is not there
+    results = read(script.main(demo=on_purpose))
+    assert results["offline_fallback"] != on_purpose
+    assert results["settings"].items() >= script.DEMO_SETTINGS.items()
+    assert (results["model"], results["dataset"]) == ("tests/tiny_gpt2", str(FEW_ROWS))
+    assert (results["model_revision"], results["dataset_revision"]) == (None, None)
+    shown = capsys.readouterr().out
+    assert ("RUNNING THE DEMO" in shown, "Why: no cable." in shown) == (not on_purpose, not on_purpose)
 
 
 class StopHere(Exception):
@@ -73,11 +68,11 @@ def test_rows_of_another_form_than_the_questions_are_noted(tmp_path, monkeypatch
     texts = [prompt.replace("{question}", question) + " It is a thing. </s>" for question in questions]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    set_constants(monkeypatch, tmp_path / "out", DATASET_NAME=str(data), **ONE_STEP)
+    set_constants(monkeypatch, tmp_path / "out", **{**FEW_STEPS, "DATASET_NAME": str(data)})
     monkeypatch.setattr(script, "measure", stop_here)
     with pytest.raises(StopHere):
         script.main()
-    assert ("note: no held-out row begins as PROMPT does" in capsys.readouterr().out) == said
+    assert ("warning: the rows don't start like PROMPT" in capsys.readouterr().out) == said
 
 
 def dates(folder):
@@ -85,9 +80,10 @@ def dates(folder):
 
 
 def test_a_finished_run_is_not_repeated(short_run, tmp_path, monkeypatch, capsys):
-    run = shutil.copytree(short_run, tmp_path / short_run.name)
+    ignore = shutil.ignore_patterns("checkpoints")  # which may be deleted then
+    run = shutil.copytree(short_run, tmp_path / short_run.name, ignore=ignore)
     before = dates(run)
-    set_constants(monkeypatch, tmp_path, SAVE_MERGED=True)
+    set_constants(monkeypatch, tmp_path)
     monkeypatch.setattr(script, "score_rows", None)  # nothing may be measured again
     assert script.main() == run
     assert "already finished" in capsys.readouterr().out
@@ -102,11 +98,10 @@ def test_other_questions_are_asked_without_training(short_run, tmp_path, monkeyp
         (run / "results.json").unlink()
     before = read(short_run)
     changes = {"QUESTIONS": {"Asthma": "What triggers asthma?"}, "MAX_NEW_TOKENS": 5, "TEMPERATURE": 0}
-    set_constants(monkeypatch, tmp_path, SAVE_MERGED=True, **changes)
+    set_constants(monkeypatch, tmp_path, **changes)
     for name in ("fine_tune", "score_rows"):
         monkeypatch.setattr(script, name, None)
     assert script.main() == run
-    assert "without training" in capsys.readouterr().out
     after = read(run)
     (answer,) = after["answers"]
     assert answer["topic"] == "Asthma"
@@ -114,44 +109,129 @@ def test_other_questions_are_asked_without_training(short_run, tmp_path, monkeyp
     for name in ("report.md", "adapter/README.md"):
         assert "What triggers asthma?" in (run / name).read_text()
         assert "anthrax" not in (run / name).read_text().lower()
-    for name in ("data", "perplexity", "training"):
+    for name in ("data", "perplexity", "facts", "training"):
         assert after[name] == before[name]
+    capsys.readouterr()
     assert script.main() == run
     assert "already finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "lost, message",
-    [
-        ("checkpoints", "is finished, but its checkpoints/ are gone"),
-        ("adapter", "is trained, but its adapter/ is gone"),
-    ],
-)
-def test_a_trained_run_that_has_lost_a_part_is_not_measured_anew(
-    short_run, tmp_path, monkeypatch, capsys, lost, message
-):
-    run = shutil.copytree(short_run, tmp_path / short_run.name, ignore=shutil.ignore_patterns(lost))
-    (run / "report.md").unlink()
-    set_constants(monkeypatch, tmp_path, SAVE_MERGED=True)
+@pytest.mark.parametrize("lost", ["checkpoints", "adapter"])
+def test_a_finished_run_that_lost_a_part_is_not_trained_again(short_run, tmp_path, monkeypatch, capsys, lost):
+    ignore = shutil.ignore_patterns(lost)
+    run = shutil.copytree(short_run, tmp_path / short_run.name, ignore=ignore)
+    before = dates(run)
+    set_constants(monkeypatch, tmp_path, TEMPERATURE=0)
     monkeypatch.setattr(script, "score_rows", None)
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert "is finished, but its checkpoints/ or adapter/ is gone: move it away" in capsys.readouterr().err
+    assert dates(run).items() >= before.items()
 
 
-def test_what_is_kept_is_made_again_only_if_it_depends_on_something_else(tmp_path):
-    path, made = tmp_path / "kept.json", []
+@pytest.fixture(scope="module")
+def five_steps(tmp_path_factory):
+    """A finished run of five steps with a checkpoint after each but the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, tmp_path_factory.mktemp("five_steps"), **FIVE_STEPS)
+        return script.main()
 
-    def make():
-        made.append(len(made))
-        return made[-1]
 
-    assert script.kept(path, make, {"precision": "fp32"}) == 0
-    assert script.kept(path, make, {"precision": "fp32"}) == 0
-    assert script.kept(path, make, {"precision": "bf16"}) == 1
-    assert script.kept(path, make, {"precision": "bf16"}) == 1
-    assert script.kept(path, make, {"precision": "fp32"}) == 2  # only the newest is kept
-    assert made == [0, 1, 2]
-    path.write_text(path.read_text()[:-9])  # as a full disk may leave it
-    assert script.kept(path, make, {"precision": "fp32"}) == 3
+def test_pairs_of_questions_and_answers_give_the_figures_of_the_same_rows(five_steps, tmp_path, monkeypatch):
+    pairs = tmp_path / "pairs.jsonl"
+    with pairs.open("w") as file:
+        for line in FEW_ROWS.read_text().splitlines():
+            prompt, answer = json.loads(line)["text"].removesuffix("</s>").split("[/INST]")
+            print(json.dumps({"answer": answer, "question": prompt.split("<</SYS>>")[1]}), file=file)
+    set_constants(monkeypatch, tmp_path / "out", **{**FIVE_STEPS, "DATASET_NAME": str(pairs)})
+    of_texts, of_pairs = without_times(read(five_steps)), without_times(read(script.main()))
+    for name in ("data", "perplexity", "facts", "training", "answers"):
+        assert of_pairs[name] == of_texts[name]
+
+
+@pytest.fixture
+def resume(five_steps, tmp_path, monkeypatch, capsys):
+    """A function: the finished run as it was after `done` of its stages, with `damage(checkpoints)`, started again.
+
+    It must come to the same end. Returns (the stages, the steps) that were done again, and the checkpoints' folder.
+    """
+
+    def start_again(done, damage):
+        run = shutil.copytree(five_steps, tmp_path / five_steps.name)
+        (run / "results.json").unlink()
+        progress = run / "checkpoints" / "progress.json"
+        stages = json.loads(progress.read_text())
+        assert list(stages) == STAGES
+        progress.write_text(json.dumps({name: stages[name] for name in STAGES[:done]}))
+        damage(run / "checkpoints")
+        set_constants(monkeypatch, tmp_path, **FIVE_STEPS)
+        assert script.main() == run
+        assert without_times(read(run)) == without_times(read(five_steps))
+        lines = capsys.readouterr().out.splitlines()
+        again = [line.split(":")[0] for line in lines if ": done in " in line]
+        steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ") if "training" in line]
+        return again, steps, run / "checkpoints"
+
+    return start_again
+
+
+@pytest.mark.parametrize("done", range(1, 5))
+def test_a_stage_that_is_done_is_not_done_again(resume, done):
+    assert resume(done, lambda checkpoints: None)[0] == STAGES[done:]
+
+
+ZEROS = b"\0" * 200
+
+
+@pytest.mark.parametrize(
+    "torn, again",
+    [
+        ({"checkpoints/progress.json": b""}, STAGES),
+        ({"results.json": ZEROS}, []),
+        ({"checkpoints/progress.json": ZEROS, "results.json": b""}, STAGES),
+    ],
+    ids=["progress", "results", "both"],
+)
+def test_what_a_power_cut_tore_is_made_again(resume, torn, again):
+    def tear(checkpoints):
+        for name, content in torn.items():
+            (checkpoints.parent / name).write_bytes(content)
+
+    assert resume(4, tear)[:2] == (again, [5] if again else [])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def copy_under_other_names(checkpoints):
+    for name in ("checkpoint-1-backup", "checkpoint-4 (1)"):
+        shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
+    shutil.rmtree(checkpoints / "checkpoint-4")
+
+
+DAMAGES = {
+    "adapter cut off": lambda checkpoints: cut(checkpoints / "checkpoint-4" / "adapter_model.safetensors"),
+    "optimizer cut off": lambda checkpoints: cut(checkpoints / "checkpoint-4" / "optimizer.pt"),
+    "no optimizer": lambda checkpoints: (checkpoints / "checkpoint-4" / "optimizer.pt").unlink(),
+    "torn state": lambda checkpoints: (checkpoints / "checkpoint-4" / "trainer_state.json").write_bytes(b"\0" * 900),
+    "copies beside it": copy_under_other_names,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_checkpoint_is_used_and_copies_are_left_alone(resume, damage):
+    again, steps, checkpoints = resume(1, DAMAGES[damage])
+    assert (again, steps) == (STAGES[1:], [4, 5])
+    left = {path.name for path in checkpoints.glob("checkpoint-*")}
+    copies = {"checkpoint-1-backup", "checkpoint-4 (1)"} if damage == "copies beside it" else set()
+    assert left == {"checkpoint-3", "checkpoint-4"} | copies
+
+
+def test_without_a_whole_checkpoint_the_training_begins_anew(resume):
+    def lose_optimizers(checkpoints):
+        for path in checkpoints.glob("checkpoint-*/optimizer.pt"):
+            path.unlink()
+
+    assert resume(1, lose_optimizers)[1] == [1, 2, 3, 4, 5]

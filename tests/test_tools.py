@@ -6,7 +6,7 @@ import json
 import ablation
 import benchmark
 import pytest
-from conftest import TINY, read
+from conftest import SHORT_RUN, TINY, read
 from transformers import GPT2Config
 
 import finetune_medical_gpt2 as script
@@ -45,7 +45,7 @@ def tables(output):
 
 
 @pytest.mark.parametrize(
-    "options, lengths", [((), [3, 4]), (("--beside", "."), [4, 6]), (("--pieces",), [8]), (("--rows",), [3])]
+    "options, lengths", [((), [3, 4, 5]), (("--beside", "."), [4, 6, 5]), (("--pieces",), [8]), (("--rows",), [3])]
 )
 def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, lengths):
     output = run_tool(benchmark, "--steps", "1", *options)
@@ -54,7 +54,7 @@ def test_the_benchmark_prints_its_tables(run_tool, tiny_benchmark, options, leng
     if not options:
         reference = found[0][0]
         assert reference[2] == "1.0" and reference[-1].endswith("%")
-        assert output.count(" hours") == 2
+        assert output.count(" hours") == 3
 
 
 ECHO = "import json, sys; print('not this'); print(json.dumps([sys.argv[1:], __file__]))"
@@ -73,26 +73,40 @@ def test_what_is_called_in_that_process_prints_its_result(run_tool):
 
 
 def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_path, monkeypatch, few_rows):
-    for name in (*script.SETTINGS, "TITLE_ROWS", "score_rows", "SFTConfig"):  # which it changes: put back at the end
+    for name in (*script.SETTINGS, "score_rows", "SFTConfig"):  # which it changes: put back at the end
         monkeypatch.setattr(script, name, getattr(script, name))
-    monkeypatch.setattr(script, "GENERAL_ARTICLES", 3)
+    score_rows, scored = script.score_rows, []
+
+    def counted(model, tokenizer, texts, **options):
+        scored.append(texts)
+        return score_rows(model, tokenizer, texts, **options)
+
+    monkeypatch.setattr(script, "score_rows", counted)
+    for name in ("FACTS", "EVERYDAY", "SAMPLE_ROWS"):
+        monkeypatch.setattr(script, name, SHORT_RUN[name])
     monkeypatch.setattr(script, "LOGGING_STEPS", 1)
-    options = ("--steps", 4, "--rows", 4, "--max-length", 180, "--test-size", 0.2, "--title-rows", 4)
+    options = ("--steps", 4, "--rows", 4, "--max-length", 180, "--test-size", 0.2)
     options += ("--only", "rate 3e-3", "cosine", "--output-dir", tmp_path / "out")
     (table,) = tables(run_tool(ablation, TINY, few_rows, *options))
     assert [line[0] for line in table] == ["untouched model", "learning rate 3e-3", "cosine schedule at 3e-3"]
 
+    assert len(scored) == 5 + 2 * 4  # the untouched model, which is measured once, and two variants
     (linear,) = (tmp_path / "out").glob("tiny_gpt2-*")
     (cosine,) = (tmp_path / "out" / "cosine").iterdir()
     of_thirds = {linear: (1, 2 / 3, 1 / 3), cosine: (1, 0.75, 0.25)}  # 1/2 + cos(pi t) / 2 at t = 0, 1/3, 2/3
     for run, line in zip(of_thirds, table[1:], strict=True):
         results = read(run)
-        before, after = results["perplexity"]["before"], results["perplexity"]["after"]
-        title = results["perplexity"]["title"]["held_out"]
+        perplexity, facts = results["perplexity"], results["facts"]
+        before, after = perplexity["before"], perplexity["after"]
         assert after["answer"] < before["answer"]
-        assert [table[0][1], line[1]] == [f"{before['answer']:.2f}", f"{after['answer']:.2f}"]
-        assert title["before"]["articles"] == 4 and line[4].startswith(f"{title['after']['gain']:.3f} (")
-        assert line[5].startswith(f"{title['gain_change']['mean']:+.3f} (")
+        for cells, when in ((table[0], "before"), (line, "after")):
+            figures = [perplexity[when]["answer"], perplexity[when]["full_text"]]
+            figures += [perplexity[name][when] for name in ("trained", "everyday")]
+            assert [cells[1], *cells[3:6]] == [f"{figure:.2f}" for figure in figures]
+            assert cells[6].split(" ")[0] == f"{facts[when]:.1%}"
+        change, low, high = (100 * share for share in (facts["change"], *facts["change_ci95"]))
+        assert line[6].endswith(f" ({change:+.1f} points: {low:+.1f} to {high:+.1f})")
+        assert line[7] == f"{results['training']['trainable_parameters']:,}"
         assert results["training"]["steps"] == 4 and results["settings"]["GRADIENT_ACCUMULATION_STEPS"] == 1
         rates = [entry.get("learning_rate") for entry in results["training"]["log_history"]]
         assert [x for x in rates if x is not None] == pytest.approx([0, *(3e-3 * share for share in of_thirds[run])])

@@ -5,9 +5,11 @@ import math
 import os
 from types import SimpleNamespace
 
+import pandas
 import pytest
 import torch
-from conftest import ONE_STEP, SHORT_RUN, read, set_constants
+from conftest import ONE_STEP, SHORT_RUN, TINY, read, set_constants
+from safetensors.torch import save_file
 
 import finetune_medical_gpt2 as script
 
@@ -42,7 +44,7 @@ def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, mo
         return compute_loss(self, model, inputs, **kwargs)
 
     monkeypatch.setattr(script.LoRATrainer, "compute_loss", compute_and_note)
-    monkeypatch.setattr(script, "choose_hardware", lambda: script.Machine("cpu", "fp32", "a CPU"))
+    monkeypatch.setattr(script, "choose_hardware", lambda: {"device": "cpu", "precision": "fp32", "name": "a CPU"})
     results = read(script.main())
     model, tokenizer = tiny
 
@@ -77,20 +79,34 @@ def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, mo
 
 
 def test_validation_losses_are_sums_over_counts():
-    scores = [[10.0, 5, 4.0, 2, 99], [20.0, 5, 6.0, 3, 99]]
-    assert script.validation_losses(scores, True) == {"eval_loss": 3.0, "eval_answer_loss": 2.0}
-    assert script.validation_losses(scores, False) == {"eval_loss": 2.0, "eval_answer_loss": 2.0}
+    scores = pandas.DataFrame(
+        {"nll": [10.0, 20.0], "tokens": [5, 5], "answer_nll": [4.0, 6.0], "answer_tokens": [2, 3]}
+    )
+    assert script.mean_losses(scores, True) == {"eval_loss": 3.0, "eval_answer_loss": 2.0}
+    assert script.mean_losses(scores, False) == {"eval_loss": 2.0, "eval_answer_loss": 2.0}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_activations_are_computed_twice_where_they_would_fill_the_memory(tiny, monkeypatch, processes):
-    # 2 rows of 100 tokens; 7 layers, each of 34 numbers of the width 256 and 5 of each of 4 heads for every token
-    needed = 2 * 100 * 7 * (34 * 256 + 5 * 4 * 100)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    for share_needed, expected in ((0.61, True), (0.59, False)):
-        free = SimpleNamespace(available=processes * needed / share_needed)
-        monkeypatch.setattr(script.psutil, "virtual_memory", lambda free=free: free)
-        assert script.needs_checkpointing(tiny[0], 2, 100) is expected
+def test_a_large_model_trains_one_row_at_a_time_on_a_cpu_and_a_small_one_by_batches(tmp_path):
+    cfg = SimpleNamespace(**{name: getattr(script, name) for name in script.SETTINGS})
+    model = script.add_adapter(script.load_model(TINY), script.LoraConfig(task_type="CAUSAL_LM"), seed=0)
+    for device, size, rows in (("cpu", 7e6, 4), ("cpu", 124e6, 1), ("cuda", 124e6, 4)):
+        model.get_base_model().size = size
+        hardware = {"device": device, "precision": "fp32"}
+        if device == "cuda":  # which SFTConfig would look for
+            hardware["device"] = "mps"
+        config = script.training_config(cfg, hardware, model, tmp_path)
+        assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (rows, 16 // rows)
+
+
+def test_with_gradient_checkpointing_it_trains_to_the_same_figures(tmp_path, monkeypatch, few_rows):
+    results = []
+    for checkpointing in (False, True):
+        changes = {**ONE_STEP, "MAX_STEPS": 2, "MAX_LENGTH": 180, "DATASET_NAME": str(few_rows)}
+        set_constants(monkeypatch, tmp_path / str(checkpointing), **changes, GRADIENT_CHECKPOINTING=checkpointing)
+        results.append(read(script.main())["training"]["log_history"])
+    for name in ("loss", "grad_norm", "eval_loss"):
+        values, expected = ([entry[name] for entry in history if name in entry] for history in results)
+        assert values == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys, few_rows):
@@ -108,25 +124,44 @@ def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path,
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert stop.value.code == 2
-    assert "the training loss is not finite at step 4" in capsys.readouterr().err
+    assert "the training loss is not finite by step 4" in capsys.readouterr().err
     (folder,) = tmp_path.glob("out/*/checkpoints")
     assert script.checkpoints(folder)[-1].name == "checkpoint-2"
 
 
-def make_checkpoint(folder, step, state="{}"):
-    """As the Trainer leaves one: with None, it was killed before its last file."""
+def make_checkpoint(folder, step, without=(), cut=()):
+    """As the Trainer leaves one, but for some files that are missing or cut off."""
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
-    if state is not None:
-        (checkpoint / "trainer_state.json").write_text(state)
+    save_file({"weight": torch.ones(9)}, checkpoint / "adapter_model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": torch.ones(9)}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    for name in without:
+        (checkpoint / name).unlink()
+    for name in cut:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
     return checkpoint
 
 
-def test_a_checkpoint_without_its_last_file_is_passed_over(tmp_path):
-    make_checkpoint(tmp_path, 100, state=None)
-    make_checkpoint(tmp_path, 20, state=json.dumps({"global_step": 20})[:10])
-    whole = [make_checkpoint(tmp_path, step) for step in (9, 10)]
-    assert script.checkpoints(tmp_path) == whole
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_lacks_a_file_or_half_of_one_is_not_whole(tmp_path, name):
+    assert script.is_whole(make_checkpoint(tmp_path, 1))
+    assert not script.is_whole(make_checkpoint(tmp_path, 2, without=[name]))
+    assert not script.is_whole(make_checkpoint(tmp_path, 3, cut=[name]))
+    (tmp_path / "checkpoint-3" / name).write_bytes(bytes(500))  # as a power cut may leave it
+    assert not script.is_whole(tmp_path / "checkpoint-3")
+
+
+def test_checkpoints_are_known_by_their_steps_and_copies_are_none(tmp_path):
+    made = [make_checkpoint(tmp_path, step) for step in (9, 10, 100)]
+    (tmp_path / "checkpoint-10-backup").mkdir()
+    (tmp_path / "checkpoint-10 (1)").mkdir()
+    assert script.checkpoints(tmp_path) == made
 
 
 def test_the_two_last_checkpoints_by_step_are_kept_whatever_their_dates(tmp_path):
@@ -134,5 +169,5 @@ def test_the_two_last_checkpoints_by_step_are_kept_whatever_their_dates(tmp_path
     for age, checkpoint in enumerate(made):  # as where the clock was set back: the later the step, the older
         os.utime(checkpoint, (2**31 - age, 2**31 - age))
     arguments = SimpleNamespace(should_save=True, output_dir=tmp_path)
-    script.Progress().on_save(arguments, None, None)
+    script.StepLines().on_save(arguments, None, None)
     assert sorted(tmp_path.iterdir()) == sorted(made[2:])
