@@ -69,7 +69,7 @@ def test_the_result_stands_before_the_answers(results, tmp_path):
 @pytest.mark.parametrize(
     "ci95, said",
     [
-        ([-0.03, 0.05], "Medical facts: no change that 400 facts could show."),
+        ([-0.03, 0.05], "Medical facts: no change that 400 facts could tell from none."),
         ([0.01, 0.05], "Medical facts: gained."),
         ([-0.05, -0.01], "Medical facts: lost."),
     ],
