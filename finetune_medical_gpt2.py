@@ -9,7 +9,7 @@ SFTTrainer, measures the saved adapter with the same functions, asks both five q
 with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it resumes. If the
 Hugging Face Hub can't be reached, it runs the demo instead, and says so.
 
-HEADER_CLAIM
+@@CLAIM
 
 It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of what the models
 write is medical advice.
@@ -461,7 +461,7 @@ def encode(tokenizer, texts, max_length, end=False):
     if not texts:
         return []
     start = leading_ids(tokenizer)
-    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    batch = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     rows = []
     for text, ids, offsets in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
         if ids[: len(start)] != start:
@@ -1191,7 +1191,7 @@ were held out.
 
 {% if facts %}
 Medical facts: {{ "gained" if facts.change_ci95[0] > 0 else "lost" if facts.change_ci95[1] < 0 else \
-"no change that %d facts could tell from none" % facts.count }}.
+"no change that %d facts can detect" % facts.count }}.
 {% endif %}
 None of the text below is medical advice.
 {% if is_demo %}
@@ -1202,17 +1202,17 @@ figures are optimistic.
 ![Perplexity before and after](perplexity_comparison.png)
 
 At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
-follows `[/INST]`; in brackets, 95% intervals. **Shown one training row first**: what an example in the prompt gives
-without any training. **Training articles**, the first 100 of them: if only these get better, the model learns by heart\
-{{ " (so far it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
+follows the question; in brackets, 95% intervals. **Shown one training row first**: the base model, given an example in
+the prompt. **Training articles**, the first 100 of them: if only these improve, the model learns by heart\
+{{ " (it has seen %.0f%% of all so far)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
 **Medical facts**: the right ending must be likelier than three wrong ones. **Whole rows** count the prompts too, which
-nearly all rows share{{ ": %.0f%% of the fall in loss is theirs" % (100 * share) if 0 < share <= 1 }}. The **reference
-protocol** averages the losses of the first 100 whole rows.
+nearly all rows share{{ ": %.1f%% of the fall in loss is on prompts" % (100 * share) if 0 < share <= 1 }}. The
+**reference protocol** averages the losses of the first 100 whole rows at most.
 
 ## The answers
 
 At most {{ settings.MAX_NEW_TOKENS }} tokens, temperature {{ settings.TEMPERATURE }}, seed {{ settings.SEED }}. In \
-brackets: whether the topic's article was trained on.
+brackets: whether the topic's article was in the training.
 
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>

@@ -69,7 +69,7 @@ def test_the_result_stands_before_the_answers(results, tmp_path):
 @pytest.mark.parametrize(
     "ci95, said",
     [
-        ([-0.03, 0.05], "Medical facts: no change that 400 facts could tell from none."),
+        ([-0.03, 0.05], "Medical facts: no change that 400 facts can detect."),
         ([0.01, 0.05], "Medical facts: gained."),
         ([-0.05, -0.01], "Medical facts: lost."),
     ],
@@ -82,13 +82,13 @@ def test_of_the_facts_it_says_what_the_interval_allows(results, tmp_path, ci95, 
 @pytest.mark.parametrize("share, said", [(0.8, True), (None, False), (1.4, False), (-0.2, False)])
 def test_the_prompts_share_of_the_fall_is_told_where_it_is_a_share(results, tmp_path, share, said):
     results["perplexity"] = PERPLEXITY | {"prompt_share": share}
-    assert (": 80% of the fall in loss is theirs." in prose_of(results, tmp_path)) == said
+    assert (": 80.0% of the fall in loss is on prompts." in prose_of(results, tmp_path)) == said
 
 
 @pytest.mark.parametrize("epochs, said", [(0.29, True), (1.0, False), (4.0, False)])
 def test_training_articles_that_were_not_all_seen_are_said(results, tmp_path, epochs, said):
     results["training"]["log_history"][-1]["epoch"] = epochs
-    assert ("(so far it has seen 29% of all)" in prose_of(results, tmp_path)) == said
+    assert ("(it has seen 29% of all so far)" in prose_of(results, tmp_path)) == said
 
 
 def test_beside_each_question_stands_where_its_article_is(results, tmp_path):
