@@ -252,7 +252,7 @@ HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*(/[\w.-]+)?")  # `gpt2`, or `ow
 def local_path(kind, name):
     """The path that a model's or a data set's name stands for; None if it is a Hub id."""
     path = Path(name).expanduser().absolute()
-    # A folder that merely has a Hub id's name doesn't count: a model must be in it.
+    # A folder that merely has a Hub id's name is not a model: a config.json must be in it.
     is_there = path.exists() if kind == "dataset" else (path / "config.json").is_file()
     return path if is_there or DATA_FILE.search(name) or not HUB_ID.fullmatch(name) else None
 
