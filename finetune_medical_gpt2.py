@@ -620,7 +620,7 @@ SAMPLE_ROWS = 100  # so many training rows are scored, and so many held-out ones
 
 def read_lines(path):
     """The values in a file of JSON lines; [] if the script was copied without it."""
-    return [json.loads(line) for line in open(path, encoding="utf-8")] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def score_facts(model, tokenizer, facts):
