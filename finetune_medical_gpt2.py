@@ -161,10 +161,6 @@ class InputError(ValueError):
     """Something that the user can fix; ends the program with one line and exit code 2."""
 
 
-class HubUnreachable(Exception):
-    """The Hub can't be reached, and its cache does not hold what was asked for."""
-
-
 # --- Screen, files and processes --------------------------------------------------------------------------------------
 
 
@@ -178,7 +174,7 @@ def on_first(function):
             result = function()
         except Exception as raised:
             # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
-            error = raised if isinstance(raised, InputError | HubUnreachable) else RuntimeError(repr(raised))
+            error = raised if isinstance(raised, InputError | ConnectionError) else RuntimeError(repr(raised))
     result, error = broadcast_object_list([result, error])
     if error is not None:
         raise error
@@ -226,11 +222,31 @@ def load_json(path):
 
 
 class Progress:
-    """What a run has done so far, stage by stage, in one JSON file: no stage is done twice."""
+    """What a run has done so far, stage by stage, in one JSON file: no stage is done twice.
 
-    def __init__(self, path):
-        self.path = path
-        self.stages = on_first(lambda: load_json(path)) or {}
+    Makes the run's folder, and keeps other processes out of it. Raises InputError if one is in it, or if the run is
+    finished, but what new questions need is gone.
+    """
+
+    def __init__(self, run):
+        self.path = run / "checkpoints" / "progress.json"
+        self.stages = on_first(lambda: self.open(run))
+
+    def open(self, run):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(self.path.with_name(".lock"), is_singleton=True)  # until the program ends
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(f"another process is using {run}: wait for it to finish") from error
+        stages = load_json(self.path) or {}
+        if not (run / "adapter" / "adapter_model.safetensors").exists():
+            stages = {name: stage for name, stage in stages.items() if name == "before"}
+        if load_json(run / "results.json") is not None and "training" not in stages:
+            raise InputError(
+                f"{run} is finished, but its checkpoints/ or adapter/ is gone: move it away to train again"
+            )
+        return stages
 
     def stage(self, name, make, **depends_on):
         """Return make(), or its result from an earlier start if `depends_on` is unchanged; call it on all processes."""
@@ -251,14 +267,6 @@ DATA_FILE = re.compile(r"\.(parquet|(jsonl|json|csv)(\.gz)?)$")
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]*(/[\w.-]+)?")  # `gpt2`, or `owner/name`
 
 
-def local_path(kind, name):
-    """The path that a model's or a data set's name stands for; None if it is a Hub id."""
-    path = Path(name).expanduser().absolute()
-    # A folder that merely has a Hub id's name is not a model: a config.json must be in it.
-    is_there = path.exists() if kind == "dataset" else (path / "config.json").is_file()
-    return path if is_there or DATA_FILE.search(name) or not HUB_ID.fullmatch(name) else None
-
-
 def short_name(name):
     """The last part of a Hub id or a path, without a data file's ending."""
     return DATA_FILE.sub("", Path(name).absolute().name)
@@ -267,15 +275,17 @@ def short_name(name):
 def fetch(kind, name, revision=None):
     """Where a "model" or "dataset" is on this disk, and its commit -> (Path, commit or None if local).
 
-    Raises InputError if the Hub has no such thing, HubUnreachable if it can't be reached and its cache lacks it.
+    Raises InputError if the Hub has no such thing, ConnectionError if it can't be reached and its cache lacks it.
     """
     constant = kind.upper()
-    path = local_path(kind, name)
-    if path and revision:
-        raise InputError(f"{constant}_NAME: {path} is local, so set {constant}_REVISION = None, or move it away")
-    if path and kind == "dataset" and path.is_dir():
-        raise InputError(f"DATASET_NAME: {path} is a folder: name the file in it")
-    if path:
+    path = Path(name).expanduser().absolute()
+    # A folder that merely has a Hub id's name is not a model: a config.json must be in it.
+    is_there = path.exists() if kind == "dataset" else (path / "config.json").is_file()
+    if is_there or DATA_FILE.search(name) or not HUB_ID.fullmatch(name):
+        if revision:
+            raise InputError(f"{constant}_NAME: {path} is local, so set {constant}_REVISION = None, or move it away")
+        if kind == "dataset" and path.is_dir():
+            raise InputError(f"DATASET_NAME: {path} is a folder: name the file in it")
         return path, None
 
     unreachable = None
@@ -290,15 +300,13 @@ def fetch(kind, name, revision=None):
         unreachable = f"{type(error).__name__}: {reason(error)}"
     # A model's repository often holds the same weights in several formats.
     only = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
-    options = only if kind == "model" else {}
+    options = {"repo_type": kind, "local_files_only": unreachable is not None} | (only if kind == "model" else {})
     try:
         # the revision as the user gave it: the cache remembers which commit it stood for
-        folder = huggingface_hub.snapshot_download(
-            name, repo_type=kind, revision=revision, local_files_only=unreachable is not None, **options
-        )
+        folder = huggingface_hub.snapshot_download(name, revision=revision, **options)
     except Exception as error:
         if unreachable:
-            raise HubUnreachable(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache") from error
+            raise ConnectionError(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache") from error
         raise InputError(f"{name}: download interrupted ({reason(error)}); run the same command again") from error
     return Path(folder), Path(folder).name  # the folder is named after the commit
 
@@ -415,11 +423,9 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
 
 def split_texts(texts, *, test_size, seed, drop_empty=True):
     """Clean, shuffle and split texts -> (train, test, stats), as `load_splits` returns them."""
-    sound = []
-    for text in texts:
-        # one question and one answer, and no half of a surrogate pair, which JSON allows and tokenizers reject
-        if isinstance(text, str) and text.count(ANSWER_MARK) == 1 and not re.search("[\ud800-\udfff]", text):
-            sound.append(text)
+    # one question and one answer, and no half of a surrogate pair, which JSON allows and tokenizers reject
+    sound = [text for text in texts if isinstance(text, str) and text.count(ANSWER_MARK) == 1]
+    sound = [text for text in sound if not re.search("[\ud800-\udfff]", text)]
     # Duplicates go before the split, so that no row is on both sides. Spaces, line ends and Unicode forms don't count.
     unique = {}  # a dict keeps the order; a set would change the split from run to run
     for text in sound:
@@ -491,12 +497,10 @@ def inference(model):
     """Within: the model in evaluation mode, without gradients; under autocast if it is in bf16."""
     was_training = model.training
     model.eval()
-    try:
-        # a model in fp32 stays in it: autocast would round what is to be measured
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_rounded(model)):
-            yield
-    finally:
-        model.train(was_training)
+    # a model in fp32 stays in it: autocast would round what is to be measured
+    with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_rounded(model)):
+        yield
+    model.train(was_training)
 
 
 def label_nll(model, input_ids, labels, plain_head):
@@ -521,9 +525,8 @@ def label_nll(model, input_ids, labels, plain_head):
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None):
     """Score every text once, shared out over the processes -> DataFrame with a line for each text.
 
-    Columns: nll in nats and predicted tokens of the row; answer_nll and answer_tokens of its answer; answer_bytes, the
-    answer's UTF-8 bytes. `shown` is a Row that stands in front of each text, as part of its prompt. Raises InputError
-    if a loss is not finite.
+    Columns: row (its index); nll in nats, and predicted tokens; answer_nll, answer_tokens, answer_bytes (UTF-8) of its
+    answer. `shown`: a Row that stands in front of each text, in its prompt. Raises InputError if a loss is not finite.
     """
     # The model that PEFT wraps: its layers hold the adapter, which takes part unless it is disabled.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -538,26 +541,27 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     process = PartialState()
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     mine = longest_first[process.process_index :: process.num_processes]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    scores = []
+    sums = []
     with inference(base):
-        for batch in progress_bar(batches, desc="scoring"):
+        for start in progress_bar(range(0, len(mine), batch_size), desc="scoring"):
+            batch = mine[start : start + batch_size]
             # never beyond max_length, which may be the model's whole context
-            width = min(max_length, round_up(len(rows[batch[0]].ids), is_rounded(base)))
+            width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(base)))
             labels = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch])
             labels = labels.to(base.device)
             # a row's input is its labels, with any token where the padding is
-            batch_nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
-            for i, nll in zip(batch, batch_nll, strict=True):
-                nll = nll[: max(len(rows[i].ids) - 1, 0)]  # nll[t] is that of token t + 1
-                answer = nll[max(rows[i].first - 1, 0) :]
-                scores.append([i, nll.sum().item(), len(nll), answer.sum().item(), len(answer), rows[i].answer_bytes])
+            nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
+            first = torch.tensor([[rows[i].first] for i in batch])
+            in_answer = torch.arange(1, width) >= first  # nll[:, t] is that of token t + 1
+            sums += zip(batch, nll.sum(1).tolist(), (nll * in_answer).sum(1).tolist(), strict=True)
 
-    columns = ["row", "nll", "tokens", "answer_nll", "answer_tokens", "answer_bytes"]
-    scores = pandas.DataFrame(sorted(gather_object(scores)), columns=columns, dtype=float).set_index("row")
+    scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
     # checked after all processes have scored theirs, so that all end alike
-    for i in scores.index[~np.isfinite(scores.nll)]:
-        raise InputError(f"the model's loss on row {i:.0f} is not finite: ...{texts[int(i)][-50:]!r}")
+    for i in np.flatnonzero(~np.isfinite(scores.nll)):
+        raise InputError(f"the model's loss on row {i} is not finite: ...{texts[i][-50:]!r}")
+    scores["tokens"] = [len(row.ids[1:]) for row in rows]  # the first is not predicted
+    scores["answer_tokens"] = [len(row.ids[max(row.first, 1) :]) for row in rows]
+    scores["answer_bytes"] = [row.answer_bytes for row in rows]
     return scores
 
 
@@ -689,15 +693,13 @@ def compare(before, after):
 # --- Answers ----------------------------------------------------------------------------------------------------------
 
 
-def ask(model, tokenizer, question, *, max_new_tokens, temperature, seed):
-    """The model's answer to a question -> (text, whether it ended by itself).
+def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
+    """A model's answer to each question -> list of str, without the prompts.
 
     An answer is what follows the prompt, up to the first </s> or EOS. It is sampled from the 50 likeliest tokens at
-    `temperature` (0: greedy), with `seed`.
+    `temperature` (0: greedy), each with the same `seed`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    (prompt,) = encode(tokenizer, [format_prompt(question)], sys.maxsize)
-    input_ids = torch.tensor([prompt.ids], device=base.device)
     # Complete, as nothing is inherited: load_model empties the model's own generation config.
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -708,36 +710,29 @@ def ask(model, tokenizer, question, *, max_new_tokens, temperature, seed):
         pad_token_id=tokenizer.eos_token_id,
         stop_strings=[END_MARK],  # in GPT-2's vocabulary it is not one token
     )
-    transformers.set_seed(seed)  # the same draws before and after: what differs is the model
-    with inference(base):
+    answers = []
+    for question in progress_bar(questions, desc="asking"):
+        (prompt,) = encode(tokenizer, [format_prompt(question)], sys.maxsize)
+        input_ids = torch.tensor([prompt.ids], device=base.device)
         mask = torch.ones_like(input_ids)
-        output = base.generate(input_ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
-    ids = output[0, len(prompt.ids) :].tolist()
-    text, mark, _ = tokenizer.decode(ids).replace(tokenizer.eos_token, END_MARK).partition(END_MARK)
-    return text.strip(), mark != ""
+        transformers.set_seed(seed)  # the same draws before and after: what differs is the model
+        with inference(base):
+            output = base.generate(input_ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+        text = tokenizer.decode(output[0, len(prompt.ids) :]).replace(tokenizer.eos_token, END_MARK)
+        answers.append(text.split(END_MARK)[0].strip())
+    return answers
 
 
-def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
-    """The answers alone of `ask`, without the prompts -> list of str."""
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    return [ask(model, tokenizer, question, **sampling)[0] for question in questions]
-
-
-def answer_stats(text, *, finished=None):
-    """Counts of words, sentences, unique words and distinct bigrams, case ignored.
-
-    `finished`: whether generation ended by itself; None: whether the text ends like a sentence.
-    """
+def answer_stats(text):
+    """Counts of words, sentences, unique words and distinct bigrams, case ignored; whether it ends like a sentence."""
     words = re.findall(r"\w+(?:['’-]\w+)*", text.lower())
     sentences = [part for part in re.split(r"[.!?]+(?=\s|$)", text) if re.search(r"\w", part)]
-    if finished is None:
-        finished = re.search(r"[.!?][\"')\]]*\s*$", text) is not None
     return {
         "words": len(words),
         "sentences": len(sentences),
         "unique_words": len(set(words)),
         "distinct_bigrams": len(set(zip(words, words[1:], strict=False))),
-        "finished": finished,
+        "finished": re.search(r"[.!?][\"')\]]*\s*$", text) is not None,
     }
 
 
@@ -752,26 +747,26 @@ def where_seen(topic, train, held_out):
 
 
 def ask_both(model, tokenizer, cfg, train, held_out):
-    """results["answers"]: each question, asked of a PEFT model without its adapter (before) and with it (after)."""
+    """results["answers"]: the questions, asked of a PEFT model without its adapter (before) and with it (after)."""
+    questions = cfg.QUESTIONS.values()
     sampling = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
-    answers = []
-    for topic, question in progress_bar(cfg.QUESTIONS.items(), desc="asking"):
-        with model.disable_adapter():
-            before, before_ended = ask(model, tokenizer, question, **sampling)
-        after, after_ended = ask(model, tokenizer, question, **sampling)
-        answers.append(
-            {
-                "topic": topic,
-                "question": question,
-                "prompt": tokenizer.decode(leading_ids(tokenizer)) + format_prompt(question),
-                "seen": where_seen(topic, train, held_out),
-                "before": before,
-                "after": after,
-                "before_stats": answer_stats(before, finished=before_ended),
-                "after_stats": answer_stats(after, finished=after_ended),
-            }
-        )
-    return answers
+    with model.disable_adapter():
+        before = generate_answers(model, tokenizer, questions, **sampling)
+    after = generate_answers(model, tokenizer, questions, **sampling)
+    leading = tokenizer.decode(leading_ids(tokenizer))
+    return [
+        {
+            "topic": topic,
+            "question": question,
+            "prompt": leading + format_prompt(question),
+            "seen": where_seen(topic, train, held_out),
+            "before": old,
+            "after": new,
+            "before_stats": answer_stats(old),
+            "after_stats": answer_stats(new),
+        }
+        for (topic, question), old, new in zip(cfg.QUESTIONS.items(), before, after, strict=True)
+    ]
 
 
 # --- Speed: skip it at a first reading; apart from rounding, nothing here changes what is computed --------------------
@@ -805,14 +800,11 @@ def speed_up(model, precision):
 
     head = model.get_output_embeddings()
     plain_head = has_plain_head(model)
-    matrices = [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    for module in matrices:
-        weight = module.weight
-        if module is head and not plain_head:
-            continue
-        if module is head:
-            weight = weight - weight.mean(0)  # this unties the head; the embeddings are unchanged
-        module.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and (plain_head or module is not head):
+            # centring unties the head; the embeddings are unchanged
+            weight = module.weight - module.weight.mean(0) if module is head else module.weight
+            module.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
     return model
 
 
@@ -862,10 +854,6 @@ def choose_hardware():
 
     bf16 only where the hardware multiplies in it: emulated, it is slower than fp32. Raises InputError.
     """
-    # Schedulers may set these and leave them empty, which none of the libraries expects.
-    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        if os.environ.get(variable) == "":
-            del os.environ[variable]
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -880,13 +868,8 @@ def choose_hardware():
 
     # Without this, half of a training step is page faults: make glibc keep freed memory, and take it in large pieces.
     if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 2**28)
-    if processes > 1:  # torchrun allows each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # malloc.h: mmap_max, trim_threshold, top_pad
+            ctypes.CDLL(None).mallopt(option, value)
     cpu = torch.cpu.get_capabilities()
     precision = "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
     return {"device": "cpu", "precision": precision, "name": cpu.get("cpu_name") or platform.machine()}
@@ -920,8 +903,7 @@ class StepLines(transformers.TrainerCallback):
         # logging comes before saving, so NaN never reaches a checkpoint
         if not math.isfinite(logs.get("loss", 0.0)):
             raise InputError(f"LEARNING_RATE: the training loss is not finite by step {state.global_step}; lower it")
-        names = {"loss": "training", "eval_loss": "validation", "eval_answer_loss": "answers"}
-        losses = [f"{label} {logs[name]:.3f}" for name, label in names.items() if name in logs]
+        losses = [f"{name} {logs[name]:.3f}" for name in ("loss", "eval_loss", "eval_answer_loss") if name in logs]
         if losses:
             left = self.seconds / state.global_step * (state.max_steps - state.global_step)
             rate = f"{state.num_input_tokens_seen / self.seconds:,.0f} tokens/s, {tqdm.format_interval(left)} left"
@@ -985,12 +967,11 @@ def is_whole(checkpoint):
 def add_adapter(model, lora, seed):
     """The model with a fresh LoRA adapter. Raises InputError if the settings don't fit it."""
     transformers.set_seed(seed)  # LoRA's A is random
-    modules = [f".{name}" for name, _ in model.named_modules()]
     try:
         model = get_peft_model(model, lora)
-        targets = lora.target_modules if isinstance(lora.target_modules, set) else []  # or a pattern
-        for target in sorted(targets):
-            if not any(name.endswith(f".{target}") for name in modules):  # PEFT complains only if none matches
+        matched = [f".{name}" for name in model.base_model.targeted_module_names]
+        for target in lora.target_modules if isinstance(lora.target_modules, set) else []:  # or it is a pattern
+            if not any(name.endswith(f".{target}") for name in matched):  # PEFT complains only if none of them matches
                 raise ValueError(f"the model has no module {target!r}")
         # label_nll takes the head's weight as it is: an adapter there would be trained unseen
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -1180,7 +1161,17 @@ def plot_perplexity(before, after, path, *, trained=None, everyday=None, title="
 
 
 REPORT = """\
-# LoRA fine-tuning of {{ short_name(model) | cell }} on {{ short_name(dataset) | cell }}
+{% if is_card %}
+---
+library_name: peft
+pipeline_tag: text-generation
+tags: [lora, sft, trl]
+{{ "base_model: " ~ model if model_revision }}
+{{ "datasets: [%s]" % dataset if dataset_revision }}
+---
+
+{% endif %}
+# LoRA fine-tuning of {{ cell(short_name(model)) }} on {{ cell(short_name(dataset)) }}
 
 Perplexity (lower is better) before and after training on {{ data.train_rows }} articles; {{ data.test_rows }} others \
 were held out.
@@ -1219,10 +1210,10 @@ brackets: whether the topic's article was in the training.
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>
 {% for answer in answers %}
-<tr><td colspan="2"><b>{{ answer.topic | cell }}</b> ({{ answer.seen }})<br>{{ answer.question | cell }}</td></tr>
+<tr><td colspan="2"><b>{{ cell(answer.topic) }}</b> ({{ answer.seen }})<br>{{ cell(answer.question) }}</td></tr>
 <tr>
 {% for text, stats in ((answer.before, answer.before_stats), (answer.after, answer.after_stats)) %}
-<td valign="top">{{ text | cell }}<br><i>{{ stats.words }} words{{ ", ended by itself" if stats.finished }}</i></td>
+<td valign="top">{{ cell(text) }}<br><i>{{ stats.words }} words{{ ", unfinished" if not stats.finished }}</i></td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -1238,7 +1229,7 @@ brackets: whether the topic's article was in the training.
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-folder = "{{ adapter_folder }}"  # seen from this file
+folder = "{{ "." if is_card else "adapter" }}"  # seen from this file
 model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = {{ answers[0].prompt | pprint }}
@@ -1252,13 +1243,13 @@ print(answer.split("</s>")[0])
 
 ## What was run
 
-{{ model | cell }} ({{ model_revision or "local" }}) on {{ dataset | cell }} ({{ dataset_revision or "local" }}):
+{{ cell(model) }} ({{ model_revision or "local" }}) on {{ cell(dataset) }} ({{ dataset_revision or "local" }}):
 
 | as in results.json | |
 | --- | --- |
 {% for group in ("data", "training", "stage_seconds", "hardware", "versions", "settings") %}
 {% for name, value in results[group] | items if name != "log_history" %}
-| {{ group }}: {{ name }} | {{ value | cell }} |
+| {{ group }}: {{ name }} | {{ cell(value) }} |
 {% endfor %}
 {% endfor %}
 """
@@ -1271,40 +1262,43 @@ def as_cell(value):
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
-def render_report(results, adapter_folder):
-    """The report as Markdown, from what results.json holds and from that alone."""
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    environment.filters["cell"] = as_cell
-    return environment.from_string(REPORT).render(
+def render_report(results, is_card=False):
+    """The report as Markdown, from what results.json holds and from that alone; as a model card, with metadata."""
+    template = jinja2.Template(REPORT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.render(
         results,  # every key of results.json is a name in the template, as are these:
         results=results,
         table=result_table(results),
-        short_name=short_name,
+        is_card=is_card,
         is_demo=all(results["settings"][name] == value for name, value in DEMO_SETTINGS.items()),
         epochs=results["training"]["log_history"][-1]["epoch"],
         share=results["perplexity"]["prompt_share"] or 0,
-        adapter_folder=adapter_folder,
+        cell=as_cell,
+        short_name=short_name,
     )
 
 
 def write_report(results, path):
     """Write report.md; `results` is what results.json holds."""
-    write_text(path, render_report(results, adapter_folder="adapter"))
+    write_text(path, render_report(results))
 
 
-def write_model_card(results, folder):
-    """Write the adapter's README.md: the report, behind the metadata that the Hub reads; and the plots beside it."""
-    metadata = huggingface_hub.ModelCardData(
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "sft", "trl"],
-        base_model=results["model"] if results["model_revision"] else None,
-        datasets=[results["dataset"]] if results["dataset_revision"] else None,
-    )
-    report = render_report(results, adapter_folder=".")
-    write_text(folder / "README.md", f"---\n{metadata.to_yaml()}\n---\n\n{report}")
-    for plot in ("training_loss.png", "perplexity_comparison.png"):
-        shutil.copyfile(folder.parent / plot, folder / plot)
+def write_results(results, run):
+    """Write everything that a run leaves beside its adapter; results.json last, as it marks the run as finished."""
+    (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
+    perplexity = results["perplexity"]
+    title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
+    on_prompt = results["settings"]["TRAIN_ON_PROMPT"]
+    losses, bars = run / "training_loss.png", run / "perplexity_comparison.png"
+    plot_training_loss(results["training"]["log_history"], losses, title=title, on_prompt=on_prompt)
+    others = {name: perplexity[name] for name in ("trained", "everyday")}
+    plot_perplexity(perplexity["before"], perplexity["after"], bars, title=title, **others)
+    write_report(results, run / "report.md")
+    # the adapter's model card, from which the Hub makes its page, with the plots beside it
+    write_text(run / "adapter" / "README.md", render_report(results, is_card=True))
+    for plot in (losses, bars):
+        shutil.copy(plot, run / "adapter")
+    write_json(run / "results.json", results)
 
 
 # --- Settings, folder, errors -----------------------------------------------------------------------------------------
@@ -1330,10 +1324,10 @@ def check_settings(cfg):
             value = getattr(cfg, name)
             if type(value) not in types or not least <= value < below:  # type(), as True is an int, too
                 raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
-    if cfg.MAX_STEPS == 0 or not cfg.QUESTIONS:
-        raise InputError(
-            "MAX_STEPS = 0: must be -1 or a whole number from 1" if cfg.QUESTIONS else "QUESTIONS is empty"
-        )
+    if cfg.MAX_STEPS == 0:
+        raise InputError("MAX_STEPS = 0: must be -1, or a whole number from 1")
+    if not cfg.QUESTIONS:
+        raise InputError("QUESTIONS is empty: ask at least one")
     if not PROMPT.endswith(ANSWER_MARK) or "{question}" not in PROMPT:
         raise InputError(f"PROMPT: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO not in ("none", *get_available_reporting_integrations()):
@@ -1384,7 +1378,7 @@ def find_inputs(cfg, demo):
         if not demo:
             model = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
             return model, on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION)), False
-    except HubUnreachable as error:
+    except ConnectionError as error:
         if not cfg.OFFLINE_FALLBACK:
             raise InputError(f"{error}; go online once, or name local files") from error
         line = "=" * 100
@@ -1417,33 +1411,6 @@ def run_folder(cfg, model_path, commit, train, held_out):
     return Path(cfg.OUTPUT_DIR).expanduser() / f"{name}-{digest.hexdigest()[:8]}"
 
 
-def is_finished(run, cfg):
-    """Whether results.json, the last file of a run, is there, for these questions."""
-    results = load_json(run / "results.json")
-    return results is not None and all(results["settings"][name] == getattr(cfg, name) for name in ASKED)
-
-
-def lock_run(run):
-    """Make the run's folder, and keep other processes out of it for as long as the returned lock lives."""
-    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run / "checkpoints" / ".lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"another process is using {run}: wait for it to finish") from error
-    return lock
-
-
-def open_progress(run):
-    """The Progress of a run. Raises InputError if the run is finished, but what new questions need is gone."""
-    progress = Progress(run / "checkpoints" / "progress.json")
-    if not on_first(lambda: (run / "adapter" / "adapter_model.safetensors").exists()):
-        progress.stages = {name: stage for name, stage in progress.stages.items() if name == "before"}
-    if on_first(lambda: load_json(run / "results.json")) is not None and "training" not in progress.stages:
-        raise InputError(f"{run} is finished, but its checkpoints/ or adapter/ is gone: move it away to train again")
-    return progress
-
-
 @contextlib.contextmanager
 def one_line_errors():
     """Around `main`: what a user can fix ends with one line on stderr and an exit code."""
@@ -1471,21 +1438,6 @@ def one_line_errors():
 # --- Main -------------------------------------------------------------------------------------------------------------
 
 
-def write_results(results, run):
-    """Write everything that a run leaves beside its adapter; results.json last, as it marks the run as finished."""
-    (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
-    perplexity = results["perplexity"]
-    title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
-    on_prompt = results["settings"]["TRAIN_ON_PROMPT"]
-    plot_training_loss(results["training"]["log_history"], run / "training_loss.png", title=title, on_prompt=on_prompt)
-    others = {name: perplexity[name] for name in ("trained", "everyday")}
-    path = run / "perplexity_comparison.png"
-    plot_perplexity(perplexity["before"], perplexity["after"], path, title=title, **others)
-    write_model_card(results, run / "adapter")
-    write_report(results, run / "report.md")
-    write_json(run / "results.json", results)
-
-
 @one_line_errors()
 def main(demo=False):
     """The whole story, in order -> the run's folder. `demo`: on the tiny model and data of tests/."""
@@ -1511,7 +1463,9 @@ def main(demo=False):
 
     # A finished run is left alone; one that was interrupted, or has other questions now, resumes in its folder.
     run = run_folder(cfg, model_path, commit, train, held_out)
-    if on_first(lambda: is_finished(run, cfg)):
+    asked = {name: getattr(cfg, name) for name in ASKED}
+    finished = on_first(lambda: load_json(run / "results.json"))  # the last file that a run writes
+    if finished is not None and all(finished["settings"][name] == asked[name] for name in ASKED):
         say(f"already finished: {run}/report.md (to repeat it, move the folder away)")
         return run
 
@@ -1530,9 +1484,7 @@ def main(demo=False):
     model = add_adapter(model, lora, cfg.SEED)
     # the saved adapter names its base as the user does, not by a folder of the Hub's cache
     model.peft_config["default"].base_model_name_or_path = cfg.MODEL_NAME if commit else str(model_path.resolve())
-    locks = []  # of the main process, held until `main` returns; a lock can't be broadcast
-    on_first(lambda: locks.append(lock_run(run)))
-    progress = open_progress(run)
+    progress = Progress(run)
 
     # The baseline, before any training: the adapter is disabled.
     same = {"precision": hardware["precision"]}  # of both measurements, should the run resume elsewhere
@@ -1548,7 +1500,6 @@ def main(demo=False):
     model = load_model(model_path, hardware["device"], hardware["precision"])  # dropout takes no part in measuring
     model = PeftModel.from_pretrained(model, str(run / "adapter"))
     after = progress.stage("after", lambda: measure(model, tokenizer, cfg, train, held_out), **same)
-    asked = {name: getattr(cfg, name) for name in ASKED}
     answers = progress.stage(
         "answers", lambda: on_first(lambda: ask_both(model, tokenizer, cfg, train, held_out)), **asked
     )

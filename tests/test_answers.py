@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import processors
 
 import finetune_medical_gpt2 as script
-from finetune_medical_gpt2 import answer_stats, ask, generate_answers, where_seen
+from finetune_medical_gpt2 import answer_stats, generate_answers, where_seen
 
 QUESTIONS = ["What is a bicycle?", "What is the long and winding history of the river that crosses the old town?"]
 
@@ -25,15 +25,16 @@ def test_answers_are_seeded_and_hold_no_prompt(tiny):
 
 def test_an_answer_does_not_depend_on_what_else_is_asked(tiny):
     asked = {"max_new_tokens": 16, "temperature": 0.7, "seed": 1}
-    alone = [ask(*tiny, question, **asked)[0] for question in reversed(QUESTIONS)]
+    alone = [generate_answers(*tiny, [question], **asked)[0] for question in reversed(QUESTIONS)]
     assert generate_answers(*tiny, QUESTIONS, **asked) == alone[::-1]
 
 
 def drawn_words(log_probs, **asked):
     """The words of 300 tokens, drawn with three seeds from the same log-probabilities at every position."""
     model, tokenizer = unigram_model(log_probs)
-    answers = [ask(model, tokenizer, "What?", max_new_tokens=100, seed=seed, **asked)[0] for seed in range(3)]
-    words = " ".join(answers).split()
+    asked |= {"max_new_tokens": 100}
+    answers = [generate_answers(model, tokenizer, ["What?"], seed=seed, **asked) for seed in range(3)]
+    words = " ".join(answer for (answer,) in answers).split()
     assert len(words) == 300
     return words
 
@@ -81,14 +82,8 @@ def test_an_answer_ends_at_the_end_mark_or_eos(tiny, end):
     more = tiny[1](" More of it")["input_ids"]
     tokens = iter([*tiny[1](f" Rest{end}")["input_ids"], *more])
     asked = {"max_new_tokens": 20, "temperature": 0.7, "seed": 0}
-    assert ask(*scripted_model(tokens), "What is rest?", **asked) == ("Rest", True)
+    assert generate_answers(*scripted_model(tokens), ["What is rest?"], **asked) == ["Rest"]
     assert list(tokens) == more  # which nobody waited for
-
-
-def test_an_answer_that_is_cut_off_has_not_ended(tiny):
-    tokens = iter(tiny[1](" Rest")["input_ids"])
-    asked = {"max_new_tokens": len(tiny[1](" Rest")["input_ids"]), "temperature": 0.7, "seed": 0}
-    assert ask(*scripted_model(tokens), "What is rest?", **asked) == ("Rest", False)
 
 
 def test_scoring_and_asking_leave_the_model_as_it_was(rows, monkeypatch):
@@ -97,8 +92,6 @@ def test_scoring_and_asking_leave_the_model_as_it_was(rows, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     script.score_rows(model, tokenizer, rows[1][:1], max_length=30)
     generate_answers(model, tokenizer, ["What is Water?"], max_new_tokens=2, temperature=0, seed=0)
-    with pytest.raises(ZeroDivisionError), script.inference(model):
-        _ = 1 / 0
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert model.training and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
@@ -108,7 +101,7 @@ def test_answer_stats_are_those_counted_by_hand():
     stats = answer_stats("The cat sat. The cat ran! Why?")
     assert stats == {"words": 7, "sentences": 3, "unique_words": 5, "distinct_bigrams": 5, "finished": True}
     assert answer_stats("") == {"words": 0, "sentences": 0, "unique_words": 0, "distinct_bigrams": 0, "finished": False}
-    assert answer_stats("It stops in the middle of a.", finished=False)["finished"] is False
+    assert not answer_stats("It is seen in the")["finished"] and answer_stats('He said: "Why?" ')["finished"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +128,7 @@ def test_both_are_asked_the_same_once_without_the_adapter_and_once_with_it():
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     greedy = {"max_new_tokens": 12, "temperature": 0, "seed": 0}
-    before = [ask(base, tokenizer, question, **greedy) for question in QUESTIONS]
+    before = generate_answers(base, tokenizer, QUESTIONS, **greedy)
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, init_lora_weights=False)
     model = get_peft_model(base, lora)
@@ -143,11 +136,11 @@ def test_both_are_asked_the_same_once_without_the_adapter_and_once_with_it():
         QUESTIONS=dict(zip(["bicycle", "river"], QUESTIONS, strict=True)), MAX_NEW_TOKENS=12, TEMPERATURE=0, SEED=0
     )
     answers = script.ask_both(model, tokenizer, cfg, [row("a bicycle")], [row("a river")])
-    after = [ask(model.merge_and_unload(), tokenizer, question, **greedy) for question in QUESTIONS]
+    after = generate_answers(model.merge_and_unload(), tokenizer, QUESTIONS, **greedy)
     assert [answer["seen"] for answer in answers] == ["trained on", "held out"]
     for answer, question, one, other in zip(answers, QUESTIONS, before, after, strict=True):
         assert answer["question"] == question and answer["before"] != answer["after"]
-        assert (answer["before"], answer["before_stats"]["finished"]) == one
-        assert (answer["after"], answer["after_stats"]["finished"]) == other
+        assert (answer["before"], answer["before_stats"]) == (one, answer_stats(one))
+        assert (answer["after"], answer["after_stats"]) == (other, answer_stats(other))
         # what the card's snippet gives to the model, as it is
         assert answer["prompt"] == "<|endoftext|>" + script.format_prompt(question)

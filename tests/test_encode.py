@@ -9,7 +9,7 @@ from conftest import TINY, load_tiny
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
-from finetune_medical_gpt2 import ask, encode, format_prompt, leading_ids, load_tokenizer
+from finetune_medical_gpt2 import encode, format_prompt, generate_answers, leading_ids, load_tokenizer
 
 
 def test_encode_marks_the_answer_and_truncates(tiny, rows):
@@ -99,7 +99,7 @@ def test_a_row_that_brings_its_own_leading_tokens_and_eos_gets_no_second_ones(ro
 def test_a_question_is_asked_after_the_leading_tokens(tiny, adds):
     model, asked = load_tiny()[0], []
     model.generate = lambda ids, **options: asked.append(ids[0].tolist()) or ids
-    ask(model, tokenizer_that(adds), "What is gout?", max_new_tokens=1, temperature=0, seed=0)
+    generate_answers(model, tokenizer_that(adds), ["What is gout?"], max_new_tokens=1, temperature=0, seed=0)
     assert asked == [tiny[1](LEADING[adds] + format_prompt("What is gout?"))["input_ids"]]
 
 

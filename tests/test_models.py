@@ -61,9 +61,8 @@ def test_a_folder_that_shadows_a_model_of_the_hub_does_not_stand_in_for_its_revi
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").mkdir()
-    assert script.local_path("model", "gpt2") is None  # there is no model in it
     shutil.copytree(TINY, tmp_path / "gpt2", dirs_exist_ok=True)
-    assert script.local_path("model", "gpt2") == tmp_path / "gpt2"
+    assert script.fetch("model", "gpt2") == (tmp_path / "gpt2", None)
     expect_error("gpt2 is local, so set MODEL_REVISION = None", MODEL_NAME="gpt2", MODEL_REVISION="607a30d")
 
 

@@ -67,14 +67,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, 
         assert child.exit_code() == -signal.SIGKILL, (moment, child.error())
     run = tmp_path / "killed" / undisturbed.name
     assert (run / "report.md").exists() and not (run / "results.json").exists()
-    child = Child(tmp_path, run_main, {**constants, "score_rows": None, "fine_tune": None, "ask": None})
+    child = Child(tmp_path, run_main, {**constants, "score_rows": None, "fine_tune": None, "generate_answers": None})
     shown += child.stdout.read()
     assert child.exit_code() == 0, child.error()
     assert without_times(read(run)) == without_times(read(undisturbed))
     for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
         assert (run / name).exists()
     # checkpoint-1 was whole before the kill in checkpoint-2, so only step 2 is taken twice
-    assert [shown.count(f"step    {step}/3  training") for step in (1, 2, 3)] == [1, 2, 1]
+    assert [shown.count(f"step    {step}/3  loss") for step in (1, 2, 3)] == [1, 2, 1]
     for stage in ("before", "training", "after", "answers"):
         assert shown.count(f"{stage}: done in ") == 1
 

@@ -120,7 +120,7 @@ def test_the_card_tells_the_hub_what_the_adapter_is_of(short_run, tmp_path):
 
     results = read(run)
     results |= {"model": "gpt2", "model_revision": "a" * 40, "dataset": "some/data", "dataset_revision": "b" * 40}
-    script.write_model_card(results, run / "adapter")
+    script.write_results(results, run)
     card = huggingface_hub.ModelCard((run / "adapter" / "README.md").read_text())
     assert (card.data.base_model, card.data.datasets) == ("gpt2", ["some/data"])
     assert card.text.startswith("\n# LoRA fine-tuning of gpt2 on data\n")

@@ -128,15 +128,15 @@ sys.stdin.read()
 
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path):
     run = tmp_path / "run"
-    script.lock_run(run).release()
+    script.Progress(run).lock.release()
     (lock,) = (run / "checkpoints").glob(".*")
     command = [sys.executable, "-c", HOLD_LOCK, lock]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(script.InputError, match="another process is using"):
-            script.lock_run(run)
+            script.Progress(run)
         other.stdin.close()
-    script.lock_run(run).release()
+    script.Progress(run).lock.release()
 
 
 @pytest.mark.parametrize("free, message", [(0, "error: no space left"), (2**30, None)])

@@ -38,7 +38,7 @@ def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
 def test_the_demo_runs_on_purpose_or_where_the_hub_is_out_of_reach(tmp_path, monkeypatch, capsys, on_purpose):
     def fetch(*args):
         assert not on_purpose, "the Hub was asked"
-        raise script.HubUnreachable("no cable")
+        raise ConnectionError("no cable")
 
     changes = {"MODEL_NAME": "no/model", "DATASET_NAME": "no/data", "DATASET_REVISION": "0" * 40}
     set_constants(monkeypatch, tmp_path / "out", **{**FEW_STEPS, **changes})
@@ -170,7 +170,7 @@ def resume(five_steps, tmp_path, monkeypatch, capsys):
         assert without_times(read(run)) == without_times(read(five_steps))
         lines = capsys.readouterr().out.splitlines()
         again = [line.split(":")[0] for line in lines if ": done in " in line]
-        steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ") if "training" in line]
+        steps = [int(line.split()[1].split("/")[0]) for line in lines if line.startswith("step ") if "  loss" in line]
         return again, steps, run / "checkpoints"
 
     return start_again
