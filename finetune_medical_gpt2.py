@@ -61,7 +61,6 @@ import matplotlib.style
 import numpy as np
 import pandas
 import safetensors.torch
-import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -71,7 +70,7 @@ from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
@@ -175,6 +174,7 @@ def on_first(function):
         except Exception as raised:
             # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
             error = raised if isinstance(raised, InputError | ConnectionError) else RuntimeError(repr(raised))
+            error = error.with_traceback(raised.__traceback__)
     result, error = broadcast_object_list([result, error])
     if error is not None:
         raise error
@@ -314,11 +314,9 @@ def fetch(kind, name, revision=None):
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        # transformers builds some tokenizers anew from their vocabulary, without these parts of tokenizer.json
-        saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        for part in ("normalizer", "pre_tokenizer", "post_processor"):
-            setattr(tokenizer.backend_tokenizer, part, getattr(saved, part))
+        named = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # GPT-2's class alone names its EOS
+        # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, eos_token=named.eos_token)
     except Exception as error:
         raise InputError(f"MODEL_NAME: {folder} has no usable tokenizer.json: {reason(error)}") from error
     if tokenizer.eos_token is None:
@@ -970,7 +968,7 @@ def add_adapter(model, lora, seed):
     try:
         model = get_peft_model(model, lora)
         matched = [f".{name}" for name in model.base_model.targeted_module_names]
-        for target in lora.target_modules if isinstance(lora.target_modules, set) else []:  # or it is a pattern
+        for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:  # a str is a pattern
             if not any(name.endswith(f".{target}") for name in matched):  # PEFT complains only if none of them matches
                 raise ValueError(f"the model has no module {target!r}")
         # label_nll takes the head's weight as it is: an adapter there would be trained unseen

@@ -121,4 +121,7 @@ def test_texts_are_tokenized_as_tokenizer_json_says(tmp_path, tiny, steps):
     text = "[INST] What was THE FLU of 1917? [/INST] In 1918 THE FLU took 17 000 lives. </s>"
     ids = Tokenizer.from_file(str(path)).encode(text).ids
     assert ids != tiny[1](text)["input_ids"]
-    assert encode(load_tokenizer(folder), [text], 10_000)[0].ids == ids
+    tokenizer = load_tokenizer(folder)
+    assert encode(tokenizer, [text], 10_000)[0].ids == ids
+    tokenizer.save_pretrained(tmp_path / "adapter")  # and so do those who load the adapter
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter")(text)["input_ids"] == ids

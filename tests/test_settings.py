@@ -67,6 +67,7 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
         ("MAX_NEW_TOKENS", {"MAX_NEW_TOKENS": 1000}),
         ("MAX_LENGTH = 16: the prompts alone fill it", {"MAX_LENGTH": 16}),
         ("LORA_TARGET_MODULES: the model has no module 'c_fcc'", {"LORA_TARGET_MODULES": ["c_attn", "c_fcc"]}),
+        ("LORA_TARGET_MODULES: the model has no module 'c_fcc'", {"LORA_TARGET_MODULES": ("c_attn", "c_fcc")}),
         ("nothing_like_it", {"LORA_TARGET_MODULES": ["nothing_like_it"]}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": []}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": "("}),
