@@ -62,7 +62,6 @@ import numpy as np
 import pandas
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -121,9 +120,9 @@ TEMPERATURE = 0.7  # below 1 likely tokens become likelier still; 0: greedy
 OUTPUT_DIR = "outputs"  # each run gets a folder of its own in it
 REPORT_TO = "none"  # or an installed tracker, such as "tensorboard", "trackio", "wandb"
 
-# All the constants above (F is a module). If you add a number, give it a rule in RULES; if you add one that doesn't
-# change the training, list it in NOT_TRAINED.
-SETTINGS = [name for name in list(globals()) if name.isupper() and name != "F"]
+# All the constants above. If you add a number, give it a rule in RULES; if you add one that doesn't change the
+# training, list it in NOT_TRAINED.
+SETTINGS = [name for name in list(globals()) if name.isupper()]
 
 # What the demo overrides.
 DEMO_SETTINGS = {
@@ -165,19 +164,17 @@ class InputError(ValueError):
 
 def on_first(function):
     """Run `function` on the main process only; return its result, or raise its error, on all of them."""
-    if PartialState().num_processes == 1:
-        return function()
     result = error = None
     if PartialState().is_main_process:
         try:
             result = function()
         except Exception as raised:
-            # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
-            error = raised if isinstance(raised, InputError | ConnectionError) else RuntimeError(repr(raised))
-            error = error.with_traceback(raised.__traceback__)
-    result, error = broadcast_object_list([result, error])
-    if error is not None:
-        raise error
+            error = raised
+    # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
+    can_travel = isinstance(error, InputError | ConnectionError | torch.OutOfMemoryError | None)
+    result, sent = broadcast_object_list([result, error if can_travel else RuntimeError(repr(error))])
+    if sent is not None:
+        raise error or sent
     return result
 
 
@@ -224,8 +221,8 @@ def load_json(path):
 class Progress:
     """What a run has done so far, stage by stage, in one JSON file: no stage is done twice.
 
-    Makes the run's folder, and keeps other processes out of it. Raises InputError if one is in it, or if the run is
-    finished, but what new questions need is gone.
+    Makes the run's folder, and keeps other processes out of it. Raises InputError if another one is using it, or if
+    the run is finished but the files that new questions need are gone.
     """
 
     def __init__(self, run):
@@ -234,7 +231,7 @@ class Progress:
 
     def open(self, run):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.path.with_name(".lock"), is_singleton=True)  # until the program ends
+        self.lock = filelock.FileLock(self.path.with_name(".lock"), is_singleton=True)  # while this object lives
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -243,9 +240,7 @@ class Progress:
         if not (run / "adapter" / "adapter_model.safetensors").exists():
             stages = {name: stage for name, stage in stages.items() if name == "before"}
         if load_json(run / "results.json") is not None and "training" not in stages:
-            raise InputError(
-                f"{run} is finished, but its checkpoints/ or adapter/ is gone: move it away to train again"
-            )
+            raise InputError(f"{run} is finished, but its checkpoints/ or adapter/ is gone: move it away to retrain")
         return stages
 
     def stage(self, name, make, **depends_on):
@@ -295,8 +290,8 @@ def fetch(kind, name, revision=None):
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
-            missing = f"the Hub has no {kind} {name!r} (revision {revision}), or you have no access to it"
-            raise InputError(f"{constant}_NAME: {missing} (try `hf auth login`)") from error
+            missing = f"the Hub has no {kind} {name!r} of {constant}_REVISION = {revision!r} (None: the newest)"
+            raise InputError(f"{constant}_NAME: {missing}, or you have no access to it (`hf auth login`)") from error
         unreachable = f"{type(error).__name__}: {reason(error)}"
     # A model's repository often holds the same weights in several formats.
     only = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
@@ -307,21 +302,22 @@ def fetch(kind, name, revision=None):
     except Exception as error:
         if unreachable:
             raise ConnectionError(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache") from error
-        raise InputError(f"{name}: download interrupted ({reason(error)}); run the same command again") from error
+        hint = "run the same command again, or `hf auth login` if it is gated"
+        raise InputError(f"{name}: download failed ({reason(error)}); {hint}") from error
     return Path(folder), Path(folder).name  # the folder is named after the commit
 
 
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
     try:
-        named = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # GPT-2's class alone names its EOS
-        # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, eos_token=named.eos_token)
+        eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token  # only its class knows GPT-2's
+        # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is.
+        # EOS is safe as padding: no loss looks at a padding token's id, only at labels of -100.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, eos_token=eos, pad_token=eos)
     except Exception as error:
         raise InputError(f"MODEL_NAME: {folder} has no usable tokenizer.json: {reason(error)}") from error
-    if tokenizer.eos_token is None:
+    if eos is None:
         raise InputError(f"MODEL_NAME: the tokenizer in {folder} has no end-of-sequence token")
-    tokenizer.pad_token = tokenizer.eos_token  # safe: no loss looks at a padding token's id, only at labels of -100
     return tokenizer
 
 
@@ -335,8 +331,7 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         for key, value in config.to_dict().items():
-            is_dropout = "dropout" in key or key.endswith("pdrop")
-            if dropout is not None and is_dropout and isinstance(value, float):
+            if dropout is not None and re.search("dropout|pdrop$", key) and isinstance(value, float):
                 setattr(config, key, dropout)
             if value == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
@@ -399,9 +394,8 @@ def read_texts(path):
 
 def as_row(question, answer):
     """A question and its answer in the form of the data's rows; None if one of them is not a text."""
-    if isinstance(question, str) and isinstance(answer, str):
-        return f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}"
-    return None
+    are_texts = isinstance(question, str) and isinstance(answer, str)
+    return f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}" if are_texts else None
 
 
 def format_prompt(question):
@@ -413,7 +407,7 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     """Read, clean, shuffle and split a data set -> (train, test, stats).
 
     `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz); train and test are datasets with a
-    column `text`; stats are the counts of rows. Raises InputError.
+    column `text`; stats are the counts of rows. Raises as `fetch` does.
     """
     path, _ = fetch("dataset", str(source), revision)
     return split_texts(read_texts(path), test_size=test_size, seed=seed, drop_empty=drop_empty)
@@ -479,8 +473,7 @@ def encode(tokenizer, texts, max_length, end=False):
         ids, offsets = ids[:max_length], offsets[:max_length]
 
         # the answer's first token is the first that starts at or after the end of [/INST]
-        mark = text.find(ANSWER_MARK)
-        begin = mark + len(ANSWER_MARK) if mark >= 0 else len(text)
+        begin = len(text) - len(text.partition(ANSWER_MARK)[2])
         in_answer = (i for i, (low, high) in enumerate(offsets) if begin <= low < high)
         covered = max((high for _, high in offsets), default=0)  # characters
         rows.append(Row(ids, next(in_answer, len(ids)), len(text[begin:covered].encode())))
@@ -513,18 +506,19 @@ def label_nll(model, input_ids, labels, plain_head):
     if plain_head:
         hidden = model.base_model(input_ids=input_ids, use_cache=False)[0][:, :-1]  # the last predicts nothing
         weight = model.get_output_embeddings().weight
-        nll = ChunkedNLL.apply(hidden[live].to(weight.dtype), weight, labels[live])
+        nll = chunked_nll(hidden[live].to(weight.dtype), weight, labels[live])
     else:
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        nll = F.cross_entropy(logits[live].float(), labels[live], reduction="none")
+        nll = torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
     return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
 
 
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None):
     """Score every text once, shared out over the processes -> DataFrame with a line for each text.
 
-    Columns: row (its index); nll in nats, and predicted tokens; answer_nll, answer_tokens, answer_bytes (UTF-8) of its
-    answer. `shown`: a Row that stands in front of each text, in its prompt. Raises InputError if a loss is not finite.
+    Columns: row (index in `texts`); nll (nats) and tokens (predicted) of the whole row; answer_nll, answer_tokens and
+    answer_bytes (UTF-8) of its answer. `shown`: a Row put in front of each text, as part of its prompt. Raises
+    InputError if a loss is not finite.
     """
     # The model that PEFT wraps: its layers hold the adapter, which takes part unless it is disabled.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -545,9 +539,8 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
             batch = mine[start : start + batch_size]
             # never beyond max_length, which may be the model's whole context
             width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(base)))
-            labels = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch])
-            labels = labels.to(base.device)
-            # a row's input is its labels, with any token where the padding is
+            labels = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch]).to(base.device)
+            # the labels are also the input; what stands in the padding doesn't matter
             nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
             first = torch.tensor([[rows[i].first] for i in batch])
             in_answer = torch.arange(1, width) >= first  # nll[:, t] is that of token t + 1
@@ -556,7 +549,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
     # checked after all processes have scored theirs, so that all end alike
     for i in np.flatnonzero(~np.isfinite(scores.nll)):
-        raise InputError(f"the model's loss on row {i} is not finite: ...{texts[i][-50:]!r}")
+        raise InputError(f"the model's loss on row {i} is not finite (LEARNING_RATE too high?): ...{texts[i][-50:]!r}")
     scores["tokens"] = [len(row.ids[1:]) for row in rows]  # the first is not predicted
     scores["answer_tokens"] = [len(row.ids[max(row.first, 1) :]) for row in rows]
     scores["answer_bytes"] = [row.answer_bytes for row in rows]
@@ -606,11 +599,10 @@ def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8):
     return summarize_scores(score_rows(model, tokenizer, list(texts), max_length=max_length, batch_size=batch_size))
 
 
-def mean_losses(scores, on_prompt):
+def mean_losses(perplexity, on_prompt):
     """Mean losses for the log, in nats per token; eval_loss covers the same tokens as the training loss."""
-    total = scores.sum()
-    answer_loss = total.answer_nll / total.answer_tokens
-    return {"eval_loss": total.nll / total.tokens if on_prompt else answer_loss, "eval_answer_loss": answer_loss}
+    answer = math.log(perplexity["answer"])
+    return {"eval_loss": math.log(perplexity["full_text"]) if on_prompt else answer, "eval_answer_loss": answer}
 
 
 # --- What is measured before and after: articles, everyday text, facts ------------------------------------------------
@@ -629,7 +621,7 @@ def score_facts(model, tokenizer, facts):
     """For each fact, whether its right ending is the likeliest of the four -> list of bool."""
     # the four rows of a fact share their beginning, so their NLL differs by the endings alone
     rows = [f"{fact['begins']} {ending}." for fact in facts for ending in (fact["right"], *fact["wrong"])]
-    nll = score_rows(model, tokenizer, rows, max_length=64, batch_size=32).nll.to_numpy().reshape(-1, 4)
+    nll = score_rows(model, tokenizer, rows, max_length=512, batch_size=32).nll.to_numpy().reshape(-1, 4)
     return (nll[:, 0] < nll[:, 1:].min(axis=1)).tolist()
 
 
@@ -642,14 +634,12 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     scores = score(held_out)
     perplexity = summarize_scores(scores)
     say(f"answer perplexity {perplexity['answer']:.2f} on {len(held_out):,} held-out rows")
-    trained = score(train[:SAMPLE_ROWS]).sum()
     everyday = score([line["article"] for line in read_lines(EVERYDAY)]).sum()
     measured = {
         "perplexity": perplexity,
-        "losses": mean_losses(scores, cfg.TRAIN_ON_PROMPT),
         "nll": scores.nll.sum(),
         "answer_nll": scores.answer_nll.sum(),
-        "trained": math.exp(trained.answer_nll / trained.answer_tokens),
+        "trained": summarize_scores(score(train[:SAMPLE_ROWS]))["answer"],
         "everyday": math.exp(everyday.nll / everyday.tokens) if everyday.tokens else None,
         "facts": score_facts(model, tokenizer, read_lines(FACTS)),
         "shown_one_row": None,
@@ -665,7 +655,7 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
 
 
 def compare(before, after):
-    """(results["perplexity"], results["facts"]), from what `measure` returned before and after."""
+    """What results.json holds as "perplexity" and "facts", from what `measure` returned before and after."""
     fall = before["nll"] - after["nll"]
     perplexity = {
         "before": before["perplexity"],
@@ -676,16 +666,17 @@ def compare(before, after):
     }
     for name in ("trained", "everyday"):
         perplexity[name] = {"before": before[name], "after": after[name]} if before[name] else None
-    if not before["facts"]:
-        return perplexity, None
-    change = np.subtract(after["facts"], before["facts"], dtype=float)  # each fact is compared with itself
-    return perplexity, {
-        "count": len(change),
-        "before": np.mean(before["facts"]),
-        "after": np.mean(after["facts"]),
-        "change": change.mean(),
-        "change_ci95": bootstrap_ci95(change, np.ones(len(change))),
-    }
+    facts = None
+    if before["facts"]:
+        change = np.subtract(after["facts"], before["facts"], dtype=float)  # each fact is compared with itself
+        facts = {
+            "count": len(change),
+            "before": np.mean(before["facts"]),
+            "after": np.mean(after["facts"]),
+            "change": change.mean(),
+            "change_ci95": bootstrap_ci95(change, np.ones(len(change))),
+        }
+    return {"perplexity": perplexity, "facts": facts}
 
 
 # --- Answers ----------------------------------------------------------------------------------------------------------
@@ -694,15 +685,15 @@ def compare(before, after):
 def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature, seed):
     """A model's answer to each question -> list of str, without the prompts.
 
-    An answer is what follows the prompt, up to the first </s> or EOS. It is sampled from the 50 likeliest tokens at
-    `temperature` (0: greedy), each with the same `seed`.
+    An answer is what follows the prompt, up to the first </s> or EOS. Each is sampled from the 50 likeliest tokens at
+    `temperature` (0: greedy), with the same `seed`.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    # Complete, as nothing is inherited: load_model empties the model's own generation config.
+    # what is None here would come from the model's own generation config, which load_model empties
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        temperature=temperature or None,  # at 0, greedily, there is none
+        temperature=float(temperature) or None,  # at 0, greedily, there is none
         top_k=50,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
@@ -730,7 +721,7 @@ def answer_stats(text):
         "sentences": len(sentences),
         "unique_words": len(set(words)),
         "distinct_bigrams": len(set(zip(words, words[1:], strict=False))),
-        "finished": re.search(r"[.!?][\"')\]]*\s*$", text) is not None,
+        "finished": re.search(r"[.!?…][\"'”’)\]*]*\s*$", text) is not None,
     }
 
 
@@ -756,7 +747,7 @@ def ask_both(model, tokenizer, cfg, train, held_out):
         {
             "topic": topic,
             "question": question,
-            "prompt": leading + format_prompt(question),
+            "prompt": leading + format_prompt(question).removeprefix(leading),
             "seen": where_seen(topic, train, held_out),
             "before": old,
             "after": new,
@@ -816,35 +807,18 @@ def has_plain_head(model):
     return logits.shape == plain.shape and torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2)
 
 
-class ChunkedNLL(torch.autograd.Function):
-    """Cross-entropy under a frozen LM head, CHUNK positions at a time.
+def chunked_nll(hidden, weight, labels):
+    """Cross-entropy under a plain LM head, CHUNK positions at a time.
 
-    hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,) in fp32. The gradient for `hidden` is computed in the
-    forward pass, so the logits of a whole batch, by far the largest tensor of a training step, never exist.
+    hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,) in fp32.
     """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        n = len(labels)
-        spare = round_up(n, weight.dtype == torch.bfloat16) - n  # n differs from batch to batch
-        hidden = F.pad(hidden, (0, 0, 0, spare))
-        labels = F.pad(labels, (0, spare))
-        nll, gradients = [], []
-        for part, label in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            log_probs = (part @ weight.T).float().log_softmax(-1)  # (chunk, vocabulary)
-            nll.append(F.nll_loss(log_probs, label, reduction="none"))
-            if ctx.needs_input_grad[0]:
-                # the logits' gradient: probabilities, less 1 at the label; in place, as nothing is larger
-                probs = log_probs.exp_()
-                probs[torch.arange(len(label)), label] -= 1
-                gradients.append(probs.to(part.dtype) @ weight)
-        ctx.save_for_backward(torch.cat(gradients)[:n] if gradients else None)
-        return torch.cat(nll)[:n]
-
-    @staticmethod
-    def backward(ctx, grad_nll):
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None
+    n = len(labels)
+    spare = round_up(n, weight.dtype == torch.bfloat16) - n  # n differs from batch to batch
+    hidden, labels = torch.nn.functional.pad(hidden, (0, 0, 0, spare)), torch.nn.functional.pad(labels, (0, spare))
+    nll = []
+    for part, label in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+        nll.append(torch.nn.functional.cross_entropy((part @ weight.T).float(), label, reduction="none"))
+    return torch.cat(nll)[:n]
 
 
 def choose_hardware():
@@ -852,7 +826,7 @@ def choose_hardware():
 
     bf16 only where the hardware multiplies in it: emulated, it is slower than fp32. Raises InputError.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         # with one process the Trainer would use DataParallel, which SFTTrainer refuses
@@ -868,6 +842,8 @@ def choose_hardware():
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # malloc.h: mmap_max, trim_threshold, top_pad
             ctypes.CDLL(None).mallopt(option, value)
+    if processes > 1:  # torchrun allows each process one thread
+        torch.set_num_threads(max(1, os.cpu_count() // processes))
     cpu = torch.cpu.get_capabilities()
     precision = "bf16" if cpu.get("amx_bf16") or cpu.get("avx512_bf16") else "fp32"
     return {"device": "cpu", "precision": precision, "name": cpu.get("cpu_name") or platform.machine()}
@@ -909,9 +885,8 @@ class StepLines(transformers.TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         # By step number, where the Trainer's own rotation goes by file time. Two stay, in case the newest is damaged.
-        if args.should_save:
-            for old in checkpoints(args.output_dir)[:-2]:
-                shutil.rmtree(old, ignore_errors=True)
+        old = state.global_step - 2 * args.save_steps
+        shutil.rmtree(Path(args.output_dir) / f"checkpoint-{old}", ignore_errors=True)
 
 
 class LoRATrainer(SFTTrainer):
@@ -926,8 +901,7 @@ class LoRATrainer(SFTTrainer):
         self.base = self.model.get_base_model()
         on_one_cpu = self.base.device.type == "cpu" and self.accelerator.num_processes == 1
         self.own_loss = on_one_cpu and has_plain_head(self.base)
-        if self.own_loss:
-            self.model_accepts_loss_kwargs = True  # compute_loss divides by num_items_in_batch, whatever the model
+        self.model_accepts_loss_kwargs |= self.own_loss  # it divides by num_items_in_batch, whatever the model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.own_loss:
@@ -944,22 +918,16 @@ class LoRATrainer(SFTTrainer):
         return metrics
 
 
-def checkpoints(folder):
-    """The Trainer's checkpoints, in the order of their steps."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(folder).glob("checkpoint-*")}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
-
-
 def is_whole(checkpoint):
     """Whether no file of a checkpoint is missing or cut off, as after a kill, a power cut or a broken copy."""
+    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
-        archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
         damaged = [path for path in archives if zipfile.ZipFile(path).testzip()]
-    except (OSError, safetensors.SafetensorError, zipfile.BadZipFile):
+        json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
+    except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile):
         return False
-    # trainer_state.json is the last file that the Trainer writes
-    return len(archives) > 2 and not damaged and load_json(checkpoint / "trainer_state.json") is not None
+    return not damaged and len(archives) >= 2 + PartialState().num_processes
 
 
 def add_adapter(model, lora, seed):
@@ -967,9 +935,9 @@ def add_adapter(model, lora, seed):
     transformers.set_seed(seed)  # LoRA's A is random
     try:
         model = get_peft_model(model, lora)
-        matched = [f".{name}" for name in model.base_model.targeted_module_names]
-        for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:  # a str is a pattern
-            if not any(name.endswith(f".{target}") for name in matched):  # PEFT complains only if none of them matches
+        # PEFT complains only if no target matches; a str is a pattern
+        for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:
+            if not any(f".{name}".endswith(f".{target}") for name in model.base_model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
         # label_nll takes the head's weight as it is: an adapter there would be trained unseen
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -982,11 +950,9 @@ def add_adapter(model, lora, seed):
 
 def training_data(encoded, on_prompt):
     """Rows as the Trainer takes them: input_ids, and labels, which are -100 where no loss is taken."""
-    labels = []
-    for row in encoded:
-        # the first token is never predicted, but the Trainer would include its label in num_items_in_batch
-        first = 1 if on_prompt else max(row.first, 1)
-        labels.append([-100] * first + row.ids[first:])
+    # the first token is never predicted, but the Trainer would include its label in num_items_in_batch
+    firsts = [1 if on_prompt else max(row.first, 1) for row in encoded]
+    labels = [[-100] * first + row.ids[first:] for first, row in zip(firsts, encoded, strict=True)]
     return datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
 
 
@@ -1020,7 +986,6 @@ def training_config(cfg, hardware, model, run):
         gradient_checkpointing=cfg.GRADIENT_CHECKPOINTING,
         # 8 or 64, reduced to a divisor of MAX_LENGTH, so that padding never goes beyond it
         pad_to_multiple_of=math.gcd(round_up(1, is_rounded(model)), cfg.MAX_LENGTH),
-        dataloader_pin_memory=hardware["device"] == "cuda",
         ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
     )
 
@@ -1029,8 +994,8 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
     """Train on `encoded` from the newest checkpoint on; save run/adapter -> {"training", "hardware", "versions"}."""
 
     def validate(model):
-        scores = score_rows(model, tokenizer, held_out, max_length=cfg.MAX_LENGTH, batch_size=cfg.BATCH_SIZE)
-        return mean_losses(scores, cfg.TRAIN_ON_PROMPT)
+        size = {"max_length": cfg.MAX_LENGTH, "batch_size": cfg.BATCH_SIZE}
+        return mean_losses(evaluate_perplexity(model, tokenizer, held_out, **size), cfg.TRAIN_ON_PROMPT)
 
     data = training_data(encoded, cfg.TRAIN_ON_PROMPT)
     trainer = LoRATrainer(
@@ -1041,13 +1006,17 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         processing_class=tokenizer,
         validate=validate,
     )
-    whole = on_first(lambda: [path for path in checkpoints(run / "checkpoints") if is_whole(path)])
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    whole = on_first(lambda: [str(path) for path in (run / "checkpoints").glob("checkpoint-*") if is_whole(path)])
+    newest = max(whole, key=lambda path: load_json(Path(path) / "trainer_state.json")["global_step"], default=None)
+    trainer.train(resume_from_checkpoint=newest)
     trainer.lines.bar.close()
     if trainer.args.should_save:
         # without the embeddings: no adapter here changes them, and PEFT would ask the Hub about them
         model.save_pretrained(run / "adapter", save_embedding_layers=False)
         tokenizer.save_pretrained(run / "adapter")
+        config = run / "adapter" / "tokenizer_config.json"
+        # the class's name of old, which transformers 4 and llama.cpp know, too
+        write_json(config, load_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     seconds, tokens = trainer.lines.seconds, trainer.state.num_input_tokens_seen
     trainable, _ = model.get_nb_trainable_parameters()
@@ -1211,7 +1180,7 @@ brackets: whether the topic's article was in the training.
 <tr><td colspan="2"><b>{{ cell(answer.topic) }}</b> ({{ answer.seen }})<br>{{ cell(answer.question) }}</td></tr>
 <tr>
 {% for text, stats in ((answer.before, answer.before_stats), (answer.after, answer.after_stats)) %}
-<td valign="top">{{ cell(text) }}<br><i>{{ stats.words }} words{{ ", unfinished" if not stats.finished }}</i></td>
+<td valign="top">{{ cell(text) }}<br><i>{{ stats.words }} words{{ ", breaks off" if not stats.finished }}</i></td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -1233,7 +1202,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = {{ answers[0].prompt | pprint }}
 inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
 output = model.generate(**inputs, max_new_tokens={{ settings.MAX_NEW_TOKENS }}, \
-{{ "do_sample=True, top_k=50, temperature=%s" % settings.TEMPERATURE if settings.TEMPERATURE else "do_sample=False" }})
+do_sample={{ settings.TEMPERATURE > 0 }}, top_k=50, temperature={{ settings.TEMPERATURE | float or 1.0 }})
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(answer.split("</s>")[0])
 # without PEFT: model.merge_and_unload().save_pretrained("merged")
@@ -1260,25 +1229,21 @@ def as_cell(value):
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
-def render_report(results, is_card=False):
-    """The report as Markdown, from what results.json holds and from that alone; as a model card, with metadata."""
+def write_report(results, path, is_card=False):
+    """Write report.md, from what results.json holds and from that alone; as a model card, with metadata in front."""
     template = jinja2.Template(REPORT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    return template.render(
+    text = template.render(
         results,  # every key of results.json is a name in the template, as are these:
         results=results,
         table=result_table(results),
         is_card=is_card,
-        is_demo=all(results["settings"][name] == value for name, value in DEMO_SETTINGS.items()),
+        is_demo=DEMO_SETTINGS.items() <= results["settings"].items(),
         epochs=results["training"]["log_history"][-1]["epoch"],
         share=results["perplexity"]["prompt_share"] or 0,
         cell=as_cell,
         short_name=short_name,
     )
-
-
-def write_report(results, path):
-    """Write report.md; `results` is what results.json holds."""
-    write_text(path, render_report(results))
+    write_text(path, text)
 
 
 def write_results(results, run):
@@ -1287,45 +1252,44 @@ def write_results(results, run):
     perplexity = results["perplexity"]
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
     on_prompt = results["settings"]["TRAIN_ON_PROMPT"]
-    losses, bars = run / "training_loss.png", run / "perplexity_comparison.png"
-    plot_training_loss(results["training"]["log_history"], losses, title=title, on_prompt=on_prompt)
+    plot_training_loss(results["training"]["log_history"], run / "training_loss.png", title=title, on_prompt=on_prompt)
     others = {name: perplexity[name] for name in ("trained", "everyday")}
-    plot_perplexity(perplexity["before"], perplexity["after"], bars, title=title, **others)
+    plot_perplexity(perplexity["before"], perplexity["after"], run / "perplexity_comparison.png", title=title, **others)
     write_report(results, run / "report.md")
     # the adapter's model card, from which the Hub makes its page, with the plots beside it
-    write_text(run / "adapter" / "README.md", render_report(results, is_card=True))
-    for plot in (losses, bars):
+    write_report(results, run / "adapter" / "README.md", is_card=True)
+    for plot in run.glob("*.png"):
         shutil.copy(plot, run / "adapter")
     write_json(run / "results.json", results)
 
 
 # --- Settings, folder, errors -----------------------------------------------------------------------------------------
 
-# What a number must be, in words -> (allowed types, minimum, exclusive maximum, the constants).
-WHOLE, ANY, TINY = (int,), (int, float), sys.float_info.min  # TINY: the least number above 0
+# What a number must be, in words -> (allowed types, the rule, the constants).
+WHOLE, ANY = (int,), (int, float)
 COUNTS = "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_LENGTH MAX_NEW_TOKENS"
 RULES = {
-    "a whole number from 1": (WHOLE, 1, 2**31, COUNTS),
-    "a whole number from 0": (WHOLE, 0, 2**31, "SEED"),
-    "-1, or a whole number from 1": (WHOLE, -1, 2**31, "MAX_STEPS"),
-    "a number above 0": (ANY, TINY, math.inf, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
-    "a number from 0": (ANY, 0, math.inf, "MAX_GRAD_NORM TEMPERATURE"),
-    "a share between 0 and 1, such as 0.1": (ANY, TINY, 1, "TEST_SIZE"),
-    "a share from 0 to below 1": (ANY, 0, 1, "LORA_DROPOUT WARMUP_RATIO"),
+    "a whole number from 1": (WHOLE, lambda n: 1 <= n < 2**31, COUNTS),
+    "a whole number from 0": (WHOLE, lambda n: 0 <= n < 2**31, "SEED"),
+    "-1, or a whole number from 1": (WHOLE, lambda n: n == -1 or 1 <= n < 2**31, "MAX_STEPS"),
+    "a number above 0": (ANY, lambda x: 0 < x < math.inf, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
+    "a number from 0": (ANY, lambda x: 0 <= x < math.inf, "MAX_GRAD_NORM TEMPERATURE"),
+    "a share between 0 and 1, such as 0.1": (ANY, lambda x: 0 < x < 1, "TEST_SIZE"),
+    "a share from 0 to below 1": (ANY, lambda x: 0 <= x < 1, "LORA_DROPOUT WARMUP_RATIO"),
 }
 
 
 def check_settings(cfg):
     """Raise InputError for the first constant that can't be followed."""
-    for wanted, (types, least, below, names) in RULES.items():
+    for name in ("MODEL_NAME", "DATASET_NAME", "OUTPUT_DIR"):
+        setattr(cfg, name, str(getattr(cfg, name)))  # a notebook may set a Path
+    for wanted, (types, allows, names) in RULES.items():
         for name in names.split():
             value = getattr(cfg, name)
-            if type(value) not in types or not least <= value < below:  # type(), as True is an int, too
+            if type(value) not in types or not allows(value):  # type(), as True is an int, too
                 raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
-    if cfg.MAX_STEPS == 0:
-        raise InputError("MAX_STEPS = 0: must be -1, or a whole number from 1")
-    if not cfg.QUESTIONS:
-        raise InputError("QUESTIONS is empty: ask at least one")
+    if not isinstance(cfg.QUESTIONS, dict) or not cfg.QUESTIONS:
+        raise InputError("QUESTIONS: must be {topic: question}, with one at least")
     if not PROMPT.endswith(ANSWER_MARK) or "{question}" not in PROMPT:
         raise InputError(f"PROMPT: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO not in ("none", *get_available_reporting_integrations()):
@@ -1341,18 +1305,17 @@ def context_length(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
-def check_fit(cfg, model, tokenizer, train, held_out):
+def check_fit(cfg, model, tokenizer, encoded, held_out):
     """Raise InputError if the settings don't fit the model's context or the rows."""
     prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
     longest = max(len(row.ids) for row in encode(tokenizer, prompts, sys.maxsize))
     needed = max(cfg.MAX_LENGTH, longest + cfg.MAX_NEW_TOKENS)
     if needed > context_length(model):
         raise InputError(f"MAX_LENGTH, MAX_NEW_TOKENS: {needed} tokens, but the model takes {context_length(model)}")
-    for texts in (train[:SAMPLE_ROWS], held_out[:SAMPLE_ROWS]):
-        rows = encode(tokenizer, texts, cfg.MAX_LENGTH)
+    for rows in (encoded[:SAMPLE_ROWS], encode(tokenizer, held_out[:SAMPLE_ROWS], cfg.MAX_LENGTH)):
         if all(row.first == len(row.ids) for row in rows):
             raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
-        if max(max(row.ids) for row in rows) >= model.get_input_embeddings().num_embeddings:
+        if max(tokenizer.eos_token_id, *(max(row.ids) for row in rows)) >= model.get_input_embeddings().num_embeddings:
             raise InputError("MODEL_NAME: the tokenizer knows tokens without an embedding: resize_token_embeddings?")
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
         say("warning: the rows don't start like PROMPT, so questions are asked in a form that isn't trained")
@@ -1463,13 +1426,13 @@ def main(demo=False):
     run = run_folder(cfg, model_path, commit, train, held_out)
     asked = {name: getattr(cfg, name) for name in ASKED}
     finished = on_first(lambda: load_json(run / "results.json"))  # the last file that a run writes
-    if finished is not None and all(finished["settings"][name] == asked[name] for name in ASKED):
+    if finished is not None and asked.items() <= finished["settings"].items():
         say(f"already finished: {run}/report.md (to repeat it, move the folder away)")
         return run
 
     # The base model with an untrained LoRA adapter around it.
     model = load_model(model_path, hardware["device"], hardware["precision"], dropout=cfg.BASE_DROPOUT)
-    check_fit(cfg, model, tokenizer, train, held_out)
+    check_fit(cfg, model, tokenizer, encoded, held_out)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=cfg.LORA_R,
@@ -1498,17 +1461,15 @@ def main(demo=False):
     model = load_model(model_path, hardware["device"], hardware["precision"])  # dropout takes no part in measuring
     model = PeftModel.from_pretrained(model, str(run / "adapter"))
     after = progress.stage("after", lambda: measure(model, tokenizer, cfg, train, held_out), **same)
-    answers = progress.stage(
-        "answers", lambda: on_first(lambda: ask_both(model, tokenizer, cfg, train, held_out)), **asked
-    )
+    ask = functools.partial(ask_both, model, tokenizer, cfg, train, held_out)
+    answers = progress.stage("answers", lambda: on_first(ask), **asked)
     if not PartialState().is_main_process:
         return run
 
     # All figures in one place; the plots, the report and the model card are made from them.
-    history = trained["training"]["log_history"]
-    first = {"step": 0, "epoch": 0.0} | before["losses"]
-    last = {"step": history[-1]["step"], "epoch": history[-1]["epoch"]} | after["losses"]
-    perplexity, facts = compare(before, after)
+    *history, last = trained["training"]["log_history"]
+    first = {"step": 0, "epoch": 0.0} | mean_losses(before["perplexity"], cfg.TRAIN_ON_PROMPT)
+    last |= mean_losses(after["perplexity"], cfg.TRAIN_ON_PROMPT)
     results = {
         "model": cfg.MODEL_NAME,
         "model_revision": commit,
@@ -1517,11 +1478,9 @@ def main(demo=False):
         "offline_fallback": is_fallback,
         "settings": vars(cfg),
         "data": counts,
-        "perplexity": perplexity,
-        "facts": facts,
+        **compare(before, after),  # perplexity and facts
+        **trained,  # training, hardware and versions
         "training": trained["training"] | {"log_history": [first, *history, last]},
-        "hardware": trained["hardware"],
-        "versions": trained["versions"],
         "stage_seconds": {name: stage["seconds"] for name, stage in progress.stages.items()},
         "answers": answers,
     }

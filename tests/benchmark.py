@@ -50,8 +50,8 @@ PIECES = {
 # What script.measure scores of the real data before training: in this order, so many rows each.
 MEASURED = {
     "held-out rows": 687,
-    "training rows": script.SAMPLE_ROWS,
     "everyday text": len(script.read_lines(script.EVERYDAY)),
+    "training rows": script.SAMPLE_ROWS,
     "facts, four endings each": 4 * len(script.read_lines(script.FACTS)),
     "held-out rows after a training row": script.SAMPLE_ROWS,
 }

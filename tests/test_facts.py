@@ -69,7 +69,7 @@ def test_before_and_after_are_compared_as_by_hand():
     others = {"trained": 8.0, "everyday": None, "shown_one_row": 7.0}
     before = measured(300.0, 160.0, [True, True, False, False], **others)
     after = measured(200.0, 140.0, [True, False, True, True], **others)
-    perplexity, facts = script.compare(before, after)
+    perplexity, facts = script.compare(before, after).values()
     assert perplexity["prompt_share"] == pytest.approx(0.8)  # the fall of 100 nats is 80 on the prompts
     assert perplexity["trained"] == {"before": 8.0, "after": 8.0}
     assert (perplexity["everyday"], perplexity["shown_one_row"]) == (None, 7.0)
@@ -80,7 +80,8 @@ def test_before_and_after_are_compared_as_by_hand():
 
 def test_without_facts_and_without_a_fall_there_is_nothing_to_tell():
     others = {"trained": 8.0, "everyday": 6.0, "shown_one_row": None}
-    perplexity, facts = script.compare(measured(100.0, 50.0, [], **others), measured(101.0, 40.0, [], **others))
+    before, after = measured(100.0, 50.0, [], **others), measured(101.0, 40.0, [], **others)
+    perplexity, facts = script.compare(before, after).values()
     assert facts is None and perplexity["prompt_share"] is None
     assert perplexity["everyday"] == {"before": 6.0, "after": 6.0}
 

@@ -75,10 +75,12 @@ read_texts, script.read_texts = script.read_texts, read_texts_and_count
 
 # The Hub's mood -> (how main() ends, what it says). What isn't there, or refused, is the user's to mend; without an
 # answer there is the demo. "hang" comes last, as its requests stay open.
-NO_MODEL = "error: MODEL_NAME: the Hub has no model 'other/model' (revision {}), or you have no access to it"
+NO_MODEL = (
+    "error: MODEL_NAME: the Hub has no model 'other/model' of MODEL_REVISION = {!r} (None: the newest), or you have"
+)
 BAD_DAYS = {
     "no model": (2, NO_MODEL.format(None)),
-    "no dataset": (2, "error: DATASET_NAME: the Hub has no dataset 'other/data' (revision None), or you have no"),
+    "no dataset": (2, "error: DATASET_NAME: the Hub has no dataset 'other/data' of DATASET_REVISION = None (None: the"),
     "private": (2, NO_MODEL.format(None)),
     "no revision": (2, NO_MODEL.format(COMMIT)),
     "403": (2, NO_MODEL.format(None)),
@@ -206,7 +208,9 @@ def test_a_download_that_breaks_off_is_the_users_to_repeat(monkeypatch):
 
     monkeypatch.setattr(script.huggingface_hub.HfApi, "repo_info", lambda *args, **kwargs: None)
     monkeypatch.setattr(script.huggingface_hub, "snapshot_download", break_off)
-    with pytest.raises(script.InputError, match=r"owner/name: download interrupted \(connection reset\)"):
+    with pytest.raises(
+        script.InputError, match=r"owner/name: download failed \(connection reset\); run the same command"
+    ):
         script.fetch("model", "owner/name")
 
 

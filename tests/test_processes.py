@@ -142,7 +142,11 @@ def start_two(tmp_path, constants):
     "failure, code, errors",
     [
         (fail, 2, ["error: not this one\n", ""]),
-        (fail_unexpectedly, 1, ["\nRuntimeError: ZeroDivisionError("] * 2),
+        (
+            fail_unexpectedly,
+            1,
+            [", in fail_unexpectedly\n", "\nRuntimeError: ZeroDivisionError("],
+        ),  # one has the traceback
     ],
 )
 def test_what_fails_on_the_first_process_ends_the_others_too(tmp_path, failure, code, errors):

@@ -104,6 +104,8 @@ def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores
 def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run):
     state = json.loads((short_run / "adapter" / "tokenizer.json").read_text())
     assert state["truncation"] is None and state["padding"] is None
+    settings = json.loads((short_run / "adapter" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"  # which transformers 4 knows, too
 
 
 def test_the_adapter_of_a_relative_model_name_finds_its_base_from_anywhere(tmp_path, monkeypatch, few_rows):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ONE_STEP, TINY, row, set_constants
+from conftest import ONE_STEP, TINY, read, row, set_constants
 from transformers import AutoTokenizer
 
 import finetune_medical_gpt2 as script
@@ -59,6 +59,7 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
     "message, changes",
     [
         ("QUESTIONS", {"QUESTIONS": {}}),
+        ("QUESTIONS", {"QUESTIONS": ["What is gout?"]}),
         ("REPORT_TO = 'numpy': not installed; pip install numpy", {"REPORT_TO": "numpy"}),
         ("PROMPT: ", {"PROMPT": "[INST] Tell me. [/INST]"}),
         ("PROMPT: ", {"PROMPT": "{question}"}),
@@ -83,10 +84,11 @@ def test_the_longest_answer_that_fits_the_context_is_allowed(tiny):
     question = "What is gout?"
     prompt = len(tiny[1](script.format_prompt(question))["input_ids"])
     cfg = SimpleNamespace(MAX_LENGTH=1024, QUESTIONS={"Gout": question}, MAX_NEW_TOKENS=1024 - prompt)
-    script.check_fit(cfg, *tiny, [row("gout")], [row("gout")])
+    encoded = script.encode(tiny[1], [row("gout")], 1024)
+    script.check_fit(cfg, *tiny, encoded, [row("gout")])
     cfg.MAX_NEW_TOKENS += 1
     with pytest.raises(script.InputError, match="MAX_NEW_TOKENS"):
-        script.check_fit(cfg, *tiny, [row("gout")], [row("gout")])
+        script.check_fit(cfg, *tiny, encoded, [row("gout")])
 
 
 def test_a_prompt_may_hold_other_braces(monkeypatch):
@@ -100,10 +102,11 @@ def test_an_output_dir_that_is_a_file_ends_with_one_line(tmp_path, expect_error)
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_token_without_an_embedding_is_refused(tmp_path, expect_error):
+@pytest.mark.parametrize("add", [lambda to: to.add_tokens(["[INST]"]), lambda to: setattr(to, "eos_token", "<end>")])
+def test_a_token_without_an_embedding_is_refused(tmp_path, expect_error, add):
     folder = shutil.copytree(TINY, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["[INST]"])
+    add(tokenizer)
     tokenizer.save_pretrained(folder)
     expect_error("MODEL_NAME: ", MODEL_NAME=str(folder))
 
@@ -115,6 +118,12 @@ def test_a_home_folder_in_a_path_is_found(tmp_path, monkeypatch, few_rows):
     run = script.main()
     assert run.parent == tmp_path / "runs"
     assert (run / "results.json").exists()
+
+
+def test_a_path_and_a_whole_temperature_are_taken_as_a_text_and_a_fraction(tmp_path, monkeypatch, few_rows):
+    changes = {"MODEL_NAME": TINY, "DATASET_NAME": few_rows, "TEMPERATURE": 2}
+    set_constants(monkeypatch, tmp_path, **{**ONE_STEP, **changes, "OUTPUT_DIR": tmp_path})
+    assert read(script.main())["settings"]["MODEL_NAME"] == str(TINY)
     assert not Path("~").exists()
 
 

@@ -80,10 +80,18 @@ def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, mo
 
 def test_validation_losses_are_sums_over_counts():
     scores = pandas.DataFrame(
-        {"nll": [10.0, 20.0], "tokens": [5, 5], "answer_nll": [4.0, 6.0], "answer_tokens": [2, 3]}
+        {
+            "nll": [10.0, 20.0],
+            "tokens": [5, 5],
+            "answer_nll": [4.0, 6.0],
+            "answer_tokens": [2, 3],
+            "answer_bytes": [9, 9],
+        }
     )
-    assert script.mean_losses(scores, True) == {"eval_loss": 3.0, "eval_answer_loss": 2.0}
-    assert script.mean_losses(scores, False) == {"eval_loss": 2.0, "eval_answer_loss": 2.0}
+    perplexity = script.summarize_scores(scores)
+    for on_prompt, expected in ((True, 3.0), (False, 2.0)):
+        losses = script.mean_losses(perplexity, on_prompt)
+        assert losses == pytest.approx({"eval_loss": expected, "eval_answer_loss": 2.0})
 
 
 def test_a_large_model_trains_one_row_at_a_time_on_a_cpu_and_a_small_one_by_batches(tmp_path):
@@ -125,8 +133,8 @@ def test_a_loss_that_turns_nan_names_the_step_and_keeps_the_checkpoint(tmp_path,
         script.main()
     assert stop.value.code == 2
     assert "the training loss is not finite by step 4" in capsys.readouterr().err
-    (folder,) = tmp_path.glob("out/*/checkpoints")
-    assert script.checkpoints(folder)[-1].name == "checkpoint-2"
+    (left,) = tmp_path.glob("out/*/checkpoints/checkpoint-*")
+    assert left.name == "checkpoint-2" and script.is_whole(left)
 
 
 def make_checkpoint(folder, step, without=(), cut=()):
@@ -157,17 +165,19 @@ def test_a_checkpoint_that_lacks_a_file_or_half_of_one_is_not_whole(tmp_path, na
     assert not script.is_whole(tmp_path / "checkpoint-3")
 
 
-def test_checkpoints_are_known_by_their_steps_and_copies_are_none(tmp_path):
-    made = [make_checkpoint(tmp_path, step) for step in (9, 10, 100)]
-    (tmp_path / "checkpoint-10-backup").mkdir()
-    (tmp_path / "checkpoint-10 (1)").mkdir()
-    assert script.checkpoints(tmp_path) == made
+def test_a_checkpoint_of_several_processes_has_a_random_state_of_each(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path, 1, without=["rng_state.pth"])
+    monkeypatch.setattr(script, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    torch.save({}, checkpoint / "rng_state_0.pth")
+    assert not script.is_whole(checkpoint)
+    torch.save({}, checkpoint / "rng_state_1.pth")
+    assert script.is_whole(checkpoint)
 
 
 def test_the_two_last_checkpoints_by_step_are_kept_whatever_their_dates(tmp_path):
-    made = [make_checkpoint(tmp_path, step) for step in (8, 9, 10, 11)]
-    for age, checkpoint in enumerate(made):  # as where the clock was set back: the later the step, the older
-        os.utime(checkpoint, (2**31 - age, 2**31 - age))
-    arguments = SimpleNamespace(should_save=True, output_dir=tmp_path)
-    script.StepLines().on_save(arguments, None, None)
-    assert sorted(tmp_path.iterdir()) == sorted(made[2:])
+    lines = script.StepLines()
+    for step in (2, 4, 6, 8):
+        checkpoint = make_checkpoint(tmp_path, step)
+        os.utime(checkpoint, (2**31 - step, 2**31 - step))  # as where the clock was set back: the later, the older
+        lines.on_save(SimpleNamespace(save_steps=2, output_dir=tmp_path), SimpleNamespace(global_step=step), None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-6", "checkpoint-8"}
