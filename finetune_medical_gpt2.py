@@ -7,14 +7,12 @@
 Start reading at `main`, at the end of the file. It measures the base model, fine-tunes it with LoRA through TRL's
 SFTTrainer, measures the saved adapter with the same functions, asks both five questions, and writes OUTPUT_DIR/<run>/
 with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it resumes. If the
-Hugging Face Hub can't be reached, it runs the demo instead, and says so.
+Hugging Face Hub can't be reached and its cache is empty, it runs the demo instead, and says so.
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 133
 tokens/s in 1.9 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 18.52 in six
-minutes.
-
-It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of what the models
-write is medical advice.
+minutes. It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of what the
+models write is medical advice.
 """
 
 import argparse
@@ -76,7 +74,7 @@ from trl import SFTConfig, SFTTrainer
 
 # Model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
-MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # of openai-community/gpt2; None if local
+MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its commit on the Hub; None: the newest, or local
 DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or .jsonl, .json, .csv, .parquet
 DATASET_REVISION = None  # None: the newest; results.json says which that was
 TEST_SIZE = 0.1  # share of the rows that is held out, drawn at random
@@ -95,17 +93,17 @@ LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or
 NUM_EPOCHS = 1  # times that every training row is seen
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
 LEARNING_RATE = 1e-4  # the reference's; README says what higher ones do
-BATCH_SIZE = 4  # rows per process and forward pass
+BATCH_SIZE = 4  # rows per process and forward pass (large models on a CPU: 1)
 GRADIENT_ACCUMULATION_STEPS = 4  # a step sees BATCH_SIZE x this x processes rows
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises; then it falls to 0
 MAX_GRAD_NORM = 0.3  # longer gradients are shortened to it; 0: never
-LOGGING_STEPS = 10  # a line with the training loss, and a checkpoint
-EVAL_STEPS = 100  # validation on all held-out rows
+LOGGING_STEPS = 10  # steps from one line with the training loss, and one checkpoint, to the next
+EVAL_STEPS = 100  # steps from one validation, on all held-out rows, to the next
 TRAIN_ON_PROMPT = True  # False: the loss sees the answers only
 BASE_DROPOUT = 0.0  # the base model's own dropouts; None: as its config says (GPT-2: 0.1, slower)
 GRADIENT_CHECKPOINTING = False  # True: less memory, a third more time
 
-# Questions; a finished run answers others without training again
+# Questions; a finished run can answer new ones without training again
 QUESTIONS = {
     "Paracetamol poisoning": "What are the symptoms and treatment for paracetamol poisoning?",
     "Congenital adrenal hyperplasia": "Explain the causes and symptoms of Congenital adrenal hyperplasia.",
@@ -140,8 +138,8 @@ DEMO_SETTINGS = {
 }
 HERE = Path(__file__).resolve().parent  # where tests/ is, whatever the current folder
 
-# The form of a row: the prompt, an article, and END_MARK; an answer begins after ANSWER_MARK. A column `text` must
-# already be in this form: if you edit PROMPT, edit those rows, too.
+# The form of a row: the prompt, which ends with ANSWER_MARK, an answer, and END_MARK. A column `text` must already be
+# in this form: if you edit PROMPT, edit those rows, too.
 ANSWER_MARK = "[/INST]"
 END_MARK = "</s>"
 PROMPT = (
@@ -201,7 +199,7 @@ def reason(error):
 
 
 def write_text(path, text):
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all, even if the program is killed."""
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
@@ -231,7 +229,7 @@ class Progress:
 
     def open(self, run):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(self.path.with_name(".lock"), is_singleton=True)  # while this object lives
+        self.lock = filelock.FileLock(self.path.with_name(".lock"), is_singleton=True)  # held until the end
         try:
             self.lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -310,7 +308,7 @@ def fetch(kind, name, revision=None):
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
     try:
-        eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token  # only its class knows GPT-2's
+        eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token  # GPT-2's is in its class only
         # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is.
         # EOS is safe as padding: no loss looks at a padding token's id, only at labels of -100.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, eos_token=eos, pad_token=eos)
@@ -456,7 +454,7 @@ def leading_ids(tokenizer):
 def encode(tokenizer, texts, max_length, end=False):
     """Texts as Rows of at most `max_length` tokens; with `end`, EOS follows a text that isn't cut.
 
-    A tokenizer's leading tokens come first, once. Nothing else that it would add, cut or pad by itself takes part.
+    A tokenizer's leading tokens come first, once. All else that it would add, cut or pad by itself is off.
     """
     if not texts:
         return []
@@ -485,7 +483,7 @@ def encode(tokenizer, texts, max_length, end=False):
 
 @contextlib.contextmanager
 def inference(model):
-    """Within: the model in evaluation mode, without gradients; under autocast if it is in bf16."""
+    """In this block the model is in evaluation mode, without gradients; under autocast if it is in bf16."""
     was_training = model.training
     model.eval()
     # a model in fp32 stays in it: autocast would round what is to be measured
@@ -499,7 +497,7 @@ def label_nll(model, input_ids, labels, plain_head):
 
     input_ids and labels (rows, tokens) -> (rows, tokens - 1), as the first token is not predicted; 0 where the label is
     -100. There is no padding mask: rows are padded on the right, where a causal model doesn't see it. With a plain head
-    (logits = hidden states @ one matrix) the logits are never all in memory.
+    (logits = hidden states @ one matrix) scoring never has all logits in memory.
     """
     labels = labels[:, 1:]
     live = labels != -100
@@ -549,7 +547,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
     # checked after all processes have scored theirs, so that all end alike
     for i in np.flatnonzero(~np.isfinite(scores.nll)):
-        raise InputError(f"the model's loss on row {i} is not finite (LEARNING_RATE too high?): ...{texts[i][-50:]!r}")
+        raise InputError(f"the model's loss on row {i} is not finite (weights? LEARNING_RATE?): ...{texts[i][-50:]!r}")
     scores["tokens"] = [len(row.ids[1:]) for row in rows]  # the first is not predicted
     scores["answer_tokens"] = [len(row.ids[max(row.first, 1) :]) for row in rows]
     scores["answer_bytes"] = [row.answer_bytes for row in rows]
@@ -570,12 +568,12 @@ def summarize_scores(scores):
     The answer figures are None if no answer was scored.
     """
     total = scores.sum()
-    hundred = scores[scores.tokens > 0].head(100)
+    first_rows = scores[scores.tokens > 0].head(100)
     summary = {
         "answer": None,
         "answer_ci95": None,
         "full_text": math.exp(total.nll / total.tokens),
-        "reference_protocol": math.exp(np.mean(hundred.nll / hundred.tokens)),  # the mean of the rows' means
+        "reference_protocol": math.exp(np.mean(first_rows.nll / first_rows.tokens)),  # a mean of means
         "bits_per_byte": None,
         "tokens": int(total.tokens),
         "answer_tokens": int(total.answer_tokens),
@@ -600,7 +598,7 @@ def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8):
 
 
 def mean_losses(perplexity, on_prompt):
-    """Mean losses for the log, in nats per token; eval_loss covers the same tokens as the training loss."""
+    """Mean losses for the log, in nats per token; eval_loss covers what the training loss covers."""
     answer = math.log(perplexity["answer"])
     return {"eval_loss": math.log(perplexity["full_text"]) if on_prompt else answer, "eval_answer_loss": answer}
 
@@ -609,7 +607,7 @@ def mean_losses(perplexity, on_prompt):
 
 FACTS = HERE / "tests" / "medical_facts.jsonl"
 EVERYDAY = HERE / "tests" / "everyday.jsonl"
-SAMPLE_ROWS = 100  # so many training rows are scored, and so many held-out ones with a training row in front
+SAMPLE_ROWS = 100  # training rows that are scored, and held-out rows that are scored after a training row
 
 
 def read_lines(path):
@@ -628,7 +626,7 @@ def score_facts(model, tokenizer, facts):
 def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     """All that is measured before and after alike -> a dict that JSON can hold, for `compare`.
 
-    With `encoded`, the training rows, also the answers' perplexity with one of those rows shown first.
+    If `encoded`, the training rows, is given: also the answers' perplexity with one of those rows shown first.
     """
     score = functools.partial(score_rows, model, tokenizer, max_length=cfg.MAX_LENGTH, batch_size=cfg.BATCH_SIZE)
     scores = score(held_out)
@@ -647,7 +645,7 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     room = context_length(model) - cfg.MAX_LENGTH
     shown = next((row for row in encoded if len(row.ids) <= room), None)
     if shown:
-        # only the first rows are scored so: their mean change in loss is applied to the figure of all
+        # only SAMPLE_ROWS are scored so: their mean change in loss is added to the loss of all
         alone = scores.head(SAMPLE_ROWS).sum()
         change = score(held_out[:SAMPLE_ROWS], shown=shown).answer_nll.sum() - alone.answer_nll
         measured["shown_one_row"] = perplexity["answer"] * math.exp(change / alone.answer_tokens)
@@ -760,8 +758,8 @@ def ask_both(model, tokenizer, cfg, train, held_out):
 
 # --- Speed: skip it at a first reading; apart from rounding, nothing here changes what is computed --------------------
 
-CHUNK = 1024  # positions whose logits are in memory at a time
-LARGE = 50e6  # a model of more parameters trains fastest, and in half the memory, one row at a time (on a CPU)
+CHUNK = 1024  # positions whose logits are computed at a time
+LARGE = 50e6  # with more parameters, a CPU trains one row at a time: it is fastest, and takes half the memory
 
 
 def is_rounded(model):
@@ -770,13 +768,13 @@ def is_rounded(model):
 
 
 def round_up(length, in_bf16):
-    """The length that rows are padded to: in bf16, each new shape costs a CPU a new kernel."""
+    """The length that rows are padded to: there are few, as in bf16 a CPU compiles a kernel for each."""
     step = 64 if in_bf16 else 8
     return math.ceil(length / step) * step
 
 
 def speed_up(model, precision):
-    """Make a frozen model fast on its device; in bf16 its matrices are rounded once, here.
+    """Make a frozen model fast on its device; with the precision "bf16", round its matrices.
 
     The rest stays in fp32; autocast works with both. GPT-2's logits lie near -100, where bf16 resolves only 0.5: the LM
     head is centred over the vocabulary first, which brings them near 0 and changes no probability.
@@ -874,7 +872,7 @@ class StepLines(transformers.TrainerCallback):
 
     def on_log(self, args, state, control, logs, **kwargs):
         state.log_history[-1]["seconds"] = self.seconds
-        # logging comes before saving, so NaN never reaches a checkpoint
+        # logging comes before saving, so a loss of NaN ends the run before the next checkpoint
         if not math.isfinite(logs.get("loss", 0.0)):
             raise InputError(f"LEARNING_RATE: the training loss is not finite by step {state.global_step}; lower it")
         losses = [f"{name} {logs[name]:.3f}" for name in ("loss", "eval_loss", "eval_answer_loss") if name in logs]
@@ -897,11 +895,11 @@ class LoRATrainer(SFTTrainer):
         self.lines = StepLines()
         super().__init__(*args, callbacks=[self.lines], **kwargs)
         self.remove_callback(transformers.PrinterCallback)  # it would print dicts
-        # Elsewhere TRL's loss stays: on GPUs this one was not measured, and several CPU processes are rare.
+        # Elsewhere TRL's loss stays: this one was measured in one process on a CPU alone.
         self.base = self.model.get_base_model()
         on_one_cpu = self.base.device.type == "cpu" and self.accelerator.num_processes == 1
         self.own_loss = on_one_cpu and has_plain_head(self.base)
-        self.model_accepts_loss_kwargs |= self.own_loss  # it divides by num_items_in_batch, whatever the model
+        self.model_accepts_loss_kwargs |= self.own_loss  # compute_loss divides by num_items_in_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.own_loss:
@@ -923,7 +921,7 @@ def is_whole(checkpoint):
     archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
-        damaged = [path for path in archives if zipfile.ZipFile(path).testzip()]
+        damaged = [path for path in (*archives, *checkpoint.glob("scaler.pt")) if zipfile.ZipFile(path).testzip()]
         json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
     except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile):
         return False
@@ -976,7 +974,7 @@ def training_config(cfg, hardware, model, run):
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=cfg.EVAL_STEPS,
-        save_steps=cfg.LOGGING_STEPS,  # with the log: losses since the last entry would be lost on resuming
+        save_steps=cfg.LOGGING_STEPS,  # when logging: so resuming loses no losses
         disable_tqdm=True,  # StepLines has its own bar
         report_to=cfg.REPORT_TO,
         include_num_input_tokens_seen="non_padding",  # tokens/s must not rise with padding
@@ -1014,9 +1012,9 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         # without the embeddings: no adapter here changes them, and PEFT would ask the Hub about them
         model.save_pretrained(run / "adapter", save_embedding_layers=False)
         tokenizer.save_pretrained(run / "adapter")
-        config = run / "adapter" / "tokenizer_config.json"
-        # the class's name of old, which transformers 4 and llama.cpp know, too
-        write_json(config, load_json(config) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        file = run / "adapter" / "tokenizer_config.json"
+        # for transformers 4 and llama.cpp, which don't know today's class and take no list of extra tokens
+        write_json(file, load_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}})
 
     seconds, tokens = trainer.lines.seconds, trainer.state.num_input_tokens_seen
     trainable, _ = model.get_nb_trainable_parameters()
@@ -1164,15 +1162,15 @@ figures are optimistic.
 At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
 follows the question; in brackets, 95% intervals. **Shown one training row first**: the base model, given an example in
 the prompt. **Training articles**, the first 100 of them: if only these improve, the model learns by heart\
-{{ " (it has seen %.0f%% of all so far)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
+{{ " (it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
 **Medical facts**: the right ending must be likelier than three wrong ones. **Whole rows** count the prompts too, which
-nearly all rows share{{ ": %.1f%% of the fall in loss is on prompts" % (100 * share) if 0 < share <= 1 }}. The
+nearly all rows share{{ ": %.1f%% of the fall in loss is on prompts" % (100 * share) if share > 0 }}. The
 **reference protocol** averages the losses of the first 100 whole rows at most.
 
 ## The answers
 
 At most {{ settings.MAX_NEW_TOKENS }} tokens, temperature {{ settings.TEMPERATURE }}, seed {{ settings.SEED }}. In \
-brackets: whether the topic's article was in the training.
+brackets: whether a question on the topic was in the training.
 
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>
@@ -1229,8 +1227,8 @@ def as_cell(value):
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
-def write_report(results, path, is_card=False):
-    """Write report.md, from what results.json holds and from that alone; as a model card, with metadata in front."""
+def write_report(results, path, *, is_card=False):
+    """Write report.md, from what results.json holds; as a model card, with metadata in front."""
     template = jinja2.Template(REPORT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     text = template.render(
         results,  # every key of results.json is a name in the template, as are these:
@@ -1247,7 +1245,7 @@ def write_report(results, path, is_card=False):
 
 
 def write_results(results, run):
-    """Write everything that a run leaves beside its adapter; results.json last, as it marks the run as finished."""
+    """Write everything that a run leaves but its adapter; results.json last, as it marks the run as finished."""
     (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
     perplexity = results["perplexity"]
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
@@ -1276,6 +1274,7 @@ RULES = {
     "a number from 0": (ANY, lambda x: 0 <= x < math.inf, "MAX_GRAD_NORM TEMPERATURE"),
     "a share between 0 and 1, such as 0.1": (ANY, lambda x: 0 < x < 1, "TEST_SIZE"),
     "a share from 0 to below 1": (ANY, lambda x: 0 <= x < 1, "LORA_DROPOUT WARMUP_RATIO"),
+    "None, or a share from 0 to below 1": ((*ANY, type(None)), lambda x: x is None or 0 <= x < 1, "BASE_DROPOUT"),
 }
 
 
@@ -1288,8 +1287,9 @@ def check_settings(cfg):
             value = getattr(cfg, name)
             if type(value) not in types or not allows(value):  # type(), as True is an int, too
                 raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
-    if not isinstance(cfg.QUESTIONS, dict) or not cfg.QUESTIONS:
-        raise InputError("QUESTIONS: must be {topic: question}, with one at least")
+    questions = cfg.QUESTIONS if isinstance(cfg.QUESTIONS, dict) else {}
+    if not questions or not all(isinstance(text, str) for pair in questions.items() for text in pair):
+        raise InputError("QUESTIONS: must be {topic: question}, two texts each, and one at least")
     if not PROMPT.endswith(ANSWER_MARK) or "{question}" not in PROMPT:
         raise InputError(f"PROMPT: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO not in ("none", *get_available_reporting_integrations()):
@@ -1328,7 +1328,7 @@ def hush():
     huggingface_hub.utils.enable_progress_bars()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    # Two warnings are about what is meant so: scoring without a padding mask, and EOS as the padding token.
+    # Two warnings are about what is done on purpose: scoring without a padding mask, and EOS as the padding token.
     for module, words in (("modeling_utils", "an `attention_mask`"), ("trainer_utils", "PAD/BOS/EOS tokens")):
         logging.getLogger(f"transformers.{module}").addFilter(lambda record, words=words: words not in record.msg)
 
@@ -1355,7 +1355,7 @@ NOT_TRAINED = (*ASKED, *LOCATIONS, "OUTPUT_DIR", "REPORT_TO", "OFFLINE_FALLBACK"
 
 
 def run_folder(cfg, model_path, commit, train, held_out):
-    """The run's folder: the model's name, and a hash of settings, prompt, model and rows (not of the code)."""
+    """The run's folder: the model's name, and a hash of all that decides the training but the code."""
     identity = {
         "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
         "prompt": PROMPT,
@@ -1494,8 +1494,7 @@ def main(demo=False):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="run on the tiny model and data in tests/")
-    arguments = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # letters that a terminal lacks
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how Slurm and spot machines end a job
         signal.signal(number, signal.default_int_handler)
-    main(arguments.demo)
+    main(parser.parse_args().demo)

@@ -40,14 +40,14 @@ IMPOSSIBLE_VALUES = [
     ("EVAL_STEPS", 0.5),
     ("MAX_NEW_TOKENS", 0),
     ("TEMPERATURE", -1),
+    ("BASE_DROPOUT", 1.5),
 ]
 
 
 def test_every_number_has_one_rule():
     names = [name for *_, names in script.RULES.values() for name in names.split()]
     numbers = [name for name in script.SETTINGS if type(getattr(script, name)) in (int, float)]
-    # None, too, is a dropout of the base model
-    assert sorted([*names, "BASE_DROPOUT"]) == sorted(numbers)
+    assert sorted(names) == sorted(numbers)
 
 
 @pytest.mark.parametrize("name, value", IMPOSSIBLE_VALUES)
@@ -60,6 +60,7 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
     [
         ("QUESTIONS", {"QUESTIONS": {}}),
         ("QUESTIONS", {"QUESTIONS": ["What is gout?"]}),
+        ("QUESTIONS", {"QUESTIONS": {1: "What is gout?"}}),
         ("REPORT_TO = 'numpy': not installed; pip install numpy", {"REPORT_TO": "numpy"}),
         ("PROMPT: ", {"PROMPT": "[INST] Tell me. [/INST]"}),
         ("PROMPT: ", {"PROMPT": "{question}"}),
@@ -108,7 +109,7 @@ def test_a_token_without_an_embedding_is_refused(tmp_path, expect_error, add):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     add(tokenizer)
     tokenizer.save_pretrained(folder)
-    expect_error("MODEL_NAME: ", MODEL_NAME=str(folder))
+    expect_error("tokens without an embedding", MODEL_NAME=str(folder))
 
 
 def test_a_home_folder_in_a_path_is_found(tmp_path, monkeypatch, few_rows):
@@ -118,13 +119,13 @@ def test_a_home_folder_in_a_path_is_found(tmp_path, monkeypatch, few_rows):
     run = script.main()
     assert run.parent == tmp_path / "runs"
     assert (run / "results.json").exists()
+    assert not Path("~").exists()
 
 
 def test_a_path_and_a_whole_temperature_are_taken_as_a_text_and_a_fraction(tmp_path, monkeypatch, few_rows):
     changes = {"MODEL_NAME": TINY, "DATASET_NAME": few_rows, "TEMPERATURE": 2}
     set_constants(monkeypatch, tmp_path, **{**ONE_STEP, **changes, "OUTPUT_DIR": tmp_path})
     assert read(script.main())["settings"]["MODEL_NAME"] == str(TINY)
-    assert not Path("~").exists()
 
 
 HOLD_LOCK = """

@@ -201,14 +201,22 @@ def test_what_a_power_cut_tore_is_made_again(resume, torn, again):
     assert resume(4, tear)[:2] == (again, [5] if again else [])
 
 
+COPIES = {"checkpoint-1-backup", "checkpoint-2 (1)"}
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def copy_under_other_names(checkpoints):
-    for name in ("checkpoint-1-backup", "checkpoint-4 (1)"):
-        shutil.copytree(checkpoints / "checkpoint-4", checkpoints / name)
-    shutil.rmtree(checkpoints / "checkpoint-4")
+def copy_under_other_names(step):
+    """A damage: the copies of one step's checkpoint are there, and no other checkpoint of the last step."""
+
+    def damage(checkpoints):
+        for name in COPIES:
+            shutil.copytree(checkpoints / f"checkpoint-{step}", checkpoints / name)
+        shutil.rmtree(checkpoints / "checkpoint-4")
+
+    return damage
 
 
 DAMAGES = {
@@ -216,18 +224,19 @@ DAMAGES = {
     "optimizer cut off": lambda checkpoints: cut(checkpoints / "checkpoint-4" / "optimizer.pt"),
     "no optimizer": lambda checkpoints: (checkpoints / "checkpoint-4" / "optimizer.pt").unlink(),
     "torn state": lambda checkpoints: (checkpoints / "checkpoint-4" / "trainer_state.json").write_bytes(b"\0" * 900),
-    "only copies": copy_under_other_names,
+    "copies of step 3": copy_under_other_names(3),
+    "copies of step 4": copy_under_other_names(4),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_newest_whole_checkpoint_is_used_and_copies_are_left_alone(resume, damage):
     again, steps, checkpoints = resume(1, DAMAGES[damage])
-    left = {path.name for path in checkpoints.glob("checkpoint-*")}
-    if damage == "only copies":  # a copy of step 4 will do as well
-        assert (again, steps, left) == (STAGES[1:], [5], {"checkpoint-3", "checkpoint-1-backup", "checkpoint-4 (1)"})
-    else:
-        assert (again, steps, left) == (STAGES[1:], [4, 5], {"checkpoint-3", "checkpoint-4"})
+    # a copy will do as well
+    steps_left, saved = ([5], set()) if damage == "copies of step 4" else ([4, 5], {"checkpoint-4"})
+    assert (again, steps) == (STAGES[1:], steps_left)
+    copies = COPIES if damage.startswith("copies") else set()
+    assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-3"} | saved | copies
 
 
 def test_without_a_whole_checkpoint_the_training_begins_anew(resume):
