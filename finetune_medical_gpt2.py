@@ -1203,7 +1203,7 @@ output = model.generate(**inputs, max_new_tokens={{ settings.MAX_NEW_TOKENS }}, 
 do_sample={{ settings.TEMPERATURE > 0 }}, top_k=50, temperature={{ settings.TEMPERATURE | float or 1.0 }})
 answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print(answer.split("</s>")[0])
-# without PEFT: model.merge_and_unload().save_pretrained("merged")
+# without PEFT: model.merge_and_unload().save_pretrained("merged"); tokenizer.save_pretrained("merged")
 ```
 
 ## What was run
