@@ -9,8 +9,8 @@ SFTTrainer, measures the saved adapter with the same functions, asks both five q
 with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it resumes. If the
 Hugging Face Hub can't be reached and its cache is empty, it runs the demo instead, and says so.
 
-Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 133
-tokens/s in 1.9 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 18.52 in six
+Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 139
+tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 18.52 in five
 minutes. It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of what the
 models write is medical advice.
 """
