@@ -65,7 +65,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.integrations import get_available_reporting_integrations
@@ -492,25 +491,6 @@ def inference(model):
     model.train(was_training)
 
 
-def label_nll(model, input_ids, labels, plain_head):
-    """NLL of the labels in nats: the forward pass of scoring and, on a CPU, of training.
-
-    input_ids and labels (rows, tokens) -> (rows, tokens - 1), as the first token is not predicted; 0 where the label is
-    -100. There is no padding mask: rows are padded on the right, where a causal model doesn't see it. With a plain head
-    (logits = hidden states @ one matrix) scoring never has all logits in memory.
-    """
-    labels = labels[:, 1:]
-    live = labels != -100
-    if plain_head:
-        hidden = model.base_model(input_ids=input_ids, use_cache=False)[0][:, :-1]  # the last predicts nothing
-        weight = model.get_output_embeddings().weight
-        nll = chunked_nll(hidden[live].to(weight.dtype), weight, labels[live])
-    else:
-        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1]
-        nll = torch.nn.functional.cross_entropy(logits[live].float(), labels[live], reduction="none")
-    return torch.zeros(labels.shape, device=nll.device).masked_scatter(live, nll)
-
-
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None):
     """Score every text once, shared out over the processes -> DataFrame with a line for each text.
 
@@ -518,9 +498,6 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     answer_bytes (UTF-8) of its answer. `shown`: a Row put in front of each text, as part of its prompt. Raises
     InputError if a loss is not finite.
     """
-    # The model that PEFT wraps: its layers hold the adapter, which takes part unless it is disabled.
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    plain_head = has_plain_head(base)
     rows = encode(tokenizer, texts, max_length)
     if shown is not None:
         rows = [Row(shown.ids + row.ids, len(shown.ids) + row.first, row.answer_bytes) for row in rows]
@@ -532,16 +509,18 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
     mine = longest_first[process.process_index :: process.num_processes]
     sums = []
-    with inference(base):
+    with inference(model):
         for start in progress_bar(range(0, len(mine), batch_size), desc="scoring"):
             batch = mine[start : start + batch_size]
             # never beyond max_length, which may be the model's whole context
-            width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(base)))
-            labels = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch]).to(base.device)
-            # the labels are also the input; what stands in the padding doesn't matter
-            nll = label_nll(base, labels.clamp(min=0), labels, plain_head).cpu().double()
+            width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(model)))
+            ids = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch]).to(model.device)
+            logits = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False).logits
+            labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
+            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+            nll = nll.view(labels.shape).cpu().double()
             first = torch.tensor([[rows[i].first] for i in batch])
-            in_answer = torch.arange(1, width) >= first  # nll[:, t] is that of token t + 1
+            in_answer = torch.arange(1, width + 1) >= first
             sums += zip(batch, nll.sum(1).tolist(), (nll * in_answer).sum(1).tolist(), strict=True)
 
     scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
@@ -686,7 +665,6 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
     An answer is what follows the prompt, up to the first </s> or EOS. Each is sampled from the 50 likeliest tokens at
     `temperature` (0: greedy), with the same `seed`.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
     # what is None here would come from the model's own generation config, which load_model empties
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -700,11 +678,11 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
     answers = []
     for question in progress_bar(questions, desc="asking"):
         (prompt,) = encode(tokenizer, [format_prompt(question)], sys.maxsize)
-        input_ids = torch.tensor([prompt.ids], device=base.device)
+        input_ids = torch.tensor([prompt.ids], device=model.device)
         mask = torch.ones_like(input_ids)
         transformers.set_seed(seed)  # the same draws before and after: what differs is the model
-        with inference(base):
-            output = base.generate(input_ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+        with inference(model):
+            output = model.generate(input_ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
         text = tokenizer.decode(output[0, len(prompt.ids) :]).replace(tokenizer.eos_token, END_MARK)
         answers.append(text.split(END_MARK)[0].strip())
     return answers
@@ -758,7 +736,6 @@ def ask_both(model, tokenizer, cfg, train, held_out):
 
 # --- Speed: skip it at a first reading; apart from rounding, nothing here changes what is computed --------------------
 
-CHUNK = 1024  # positions whose logits are computed at a time
 LARGE = 50e6  # with more parameters, a CPU trains one row at a time: it is fastest, and takes half the memory
 
 
@@ -776,7 +753,7 @@ def round_up(length, in_bf16):
 def speed_up(model, precision):
     """Make a frozen model fast on its device; with the precision "bf16", round its matrices.
 
-    The rest stays in fp32; autocast works with both. GPT-2's logits lie near -100, where bf16 resolves only 0.5: the LM
+    The rest stays in fp32; autocast works with both. GPT-2's logits lie near -100, where bf16 resolves only 0.5: its LM
     head is centred over the vocabulary first, which brings them near 0 and changes no probability.
     """
     # Without AMX, torch's fused attention takes twice the time of plain matrix products.
@@ -785,38 +762,14 @@ def speed_up(model, precision):
     if precision != "bf16":
         return model
 
-    head = model.get_output_embeddings()
-    plain_head = has_plain_head(model)
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear | Conv1D) and (plain_head or module is not head):
-            # centring unties the head; the embeddings are unchanged
-            weight = module.weight - module.weight.mean(0) if module is head else module.weight
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            weight = module.weight
+            if model.config.model_type == "gpt2" and module is model.get_output_embeddings():
+                weight = weight - weight.mean(0)
+            # this unties a head; the embeddings are unchanged
             module.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
     return model
-
-
-def has_plain_head(model):
-    """Whether a causal LM's logits are its hidden states times one matrix: no bias, scale or cap."""
-    ids = torch.arange(8, device=model.device)[None]
-    head = model.get_output_embeddings().weight
-    with inference(model):
-        logits = model(input_ids=ids).logits
-        plain = model.base_model(input_ids=ids)[0].to(head.dtype) @ head.T
-    return logits.shape == plain.shape and torch.allclose(logits.float(), plain.float(), rtol=1e-2, atol=1e-2)
-
-
-def chunked_nll(hidden, weight, labels):
-    """Cross-entropy under a plain LM head, CHUNK positions at a time.
-
-    hidden (n, d), weight (vocabulary, d), labels (n,) -> NLL (n,) in fp32.
-    """
-    n = len(labels)
-    spare = round_up(n, weight.dtype == torch.bfloat16) - n  # n differs from batch to batch
-    hidden, labels = torch.nn.functional.pad(hidden, (0, 0, 0, spare)), torch.nn.functional.pad(labels, (0, spare))
-    nll = []
-    for part, label in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-        nll.append(torch.nn.functional.cross_entropy((part @ weight.T).float(), label, reduction="none"))
-    return torch.cat(nll)[:n]
 
 
 def choose_hardware():
@@ -888,26 +841,15 @@ class StepLines(transformers.TrainerCallback):
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer that logs validate(model), a dict of losses, and on a CPU trains with label_nll, which is faster."""
-
-    def __init__(self, *args, validate, **kwargs):
-        self.validate = validate
-        self.lines = StepLines()
-        super().__init__(*args, callbacks=[self.lines], **kwargs)
-        self.remove_callback(transformers.PrinterCallback)  # it would print dicts
-        # Elsewhere TRL's loss stays: this one was measured in one process on a CPU alone.
-        self.base = self.model.get_base_model()
-        on_one_cpu = self.base.device.type == "cpu" and self.accelerator.num_processes == 1
-        self.own_loss = on_one_cpu and has_plain_head(self.base)
-        self.model_accepts_loss_kwargs |= self.own_loss  # compute_loss divides by num_items_in_batch
+    """SFTTrainer that logs validate(model), a dict of losses, and on a CPU takes the model's own loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.own_loss:
-            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # this goes past accelerate's autocast, which wraps model.forward
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_rounded(self.base)):
-            nll = label_nll(self.base, inputs["input_ids"], inputs["labels"], plain_head=True)
-        return nll.sum() / max(num_items_in_batch, 1)  # 0 if no row of the step has an answer
+        if not self.args.use_cpu:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL's loss, which saves memory on a GPU, is slow on a CPU: this goes past it, to the Trainer's.
+        inputs["use_cache"] = False
+        tokens = num_items_in_batch or 1  # 0 if no row of the step has an answer
+        return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, tokens)
 
     def evaluate(self, *args, **kwargs):
         metrics = self.validate(self.model)
@@ -937,10 +879,6 @@ def add_adapter(model, lora, seed):
         for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:
             if not any(f".{name}".endswith(f".{target}") for name in model.base_model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
-        # label_nll takes the head's weight as it is: an adapter there would be trained unseen
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if isinstance(module, BaseTunerLayer):
-                raise ValueError("not embeddings or the LM head")
     except (ValueError, re.error) as error:
         raise InputError(f"LORA_TARGET_MODULES: {reason(error)}") from error
     return model
@@ -996,18 +934,21 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         return mean_losses(evaluate_perplexity(model, tokenizer, held_out, **size), cfg.TRAIN_ON_PROMPT)
 
     data = training_data(encoded, cfg.TRAIN_ON_PROMPT)
+    lines = StepLines()
     trainer = LoRATrainer(
         model=model,
         args=training_config(cfg, hardware, model, run),
         train_dataset=data,
         eval_dataset=data.select([0]),  # the Trainer asks for one; `validate` scores the real one
         processing_class=tokenizer,
-        validate=validate,
+        callbacks=[lines],
     )
+    trainer.validate = validate
+    trainer.remove_callback(transformers.PrinterCallback)  # it would print dicts
     whole = on_first(lambda: [str(path) for path in (run / "checkpoints").glob("checkpoint-*") if is_whole(path)])
     newest = max(whole, key=lambda path: load_json(Path(path) / "trainer_state.json")["global_step"], default=None)
     trainer.train(resume_from_checkpoint=newest)
-    trainer.lines.bar.close()
+    lines.bar.close()
     if trainer.args.should_save:
         # without the embeddings: no adapter here changes them, and PEFT would ask the Hub about them
         model.save_pretrained(run / "adapter", save_embedding_layers=False)
@@ -1016,7 +957,7 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         # for transformers 4 and llama.cpp, which don't know today's class and take no list of extra tokens
         write_json(file, load_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}})
 
-    seconds, tokens = trainer.lines.seconds, trainer.state.num_input_tokens_seen
+    seconds, tokens = lines.seconds, trainer.state.num_input_tokens_seen
     trainable, _ = model.get_nb_trainable_parameters()
     names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
     history = [
@@ -1328,9 +1269,8 @@ def hush():
     huggingface_hub.utils.enable_progress_bars()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    # Two warnings are about what is done on purpose: scoring without a padding mask, and EOS as the padding token.
-    for module, words in (("modeling_utils", "an `attention_mask`"), ("trainer_utils", "PAD/BOS/EOS tokens")):
-        logging.getLogger(f"transformers.{module}").addFilter(lambda record, words=words: words not in record.msg)
+    # EOS is the padding token on purpose
+    logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "PAD/BOS/EOS tokens" not in record.msg)
 
 
 def find_inputs(cfg, demo):

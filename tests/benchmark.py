@@ -36,14 +36,14 @@ REFERENCE, BESIDE = "reference recipe (fp32, stock SFTTrainer)", "the other chec
 TRAINING = {  # what a variant does otherwise than the reference recipe
     REFERENCE: set(),
     "TRL's defaults (bf16 if the hardware has it, gradient checkpointing)": {"bf16", "checkpointing"},
-    "ours": {"bf16", "no dropout", "fused gelu", "allocator", "own loss"},
+    "ours": {"bf16", "no dropout", "fused gelu", "allocator", "script"},
 }
 PIECES = {
     "reference recipe + bf16 where the hardware has it": {"bf16"},
     "+ base dropouts off": {"bf16", "no dropout"},
     "+ fused GELU": {"bf16", "no dropout", "fused gelu"},
     "+ freed memory kept": {"bf16", "no dropout", "fused gelu", "allocator"},
-    "+ loss in chunks, frozen weights in bf16, padded shapes, eager attention": TRAINING["ours"] | {"4 x 4"},
+    "+ the Trainer's loss, frozen weights in bf16, padded shapes, eager attention": TRAINING["ours"] | {"4 x 4"},
     "+ 1 x 16 rows instead of 4 x 4 (ours)": TRAINING["ours"],
     "ours in fp32": TRAINING["ours"] - {"bf16"},
 }
@@ -84,7 +84,7 @@ def make_model(variant, device):
     activation = "gelu_pytorch_tanh" if "fused gelu" in variant else "gelu_new"
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout)).requires_grad_(False).to(device)
-    return script.speed_up(model, "bf16" if "bf16" in variant else "fp32") if "own loss" in variant else model
+    return script.speed_up(model, "bf16" if "bf16" in variant else "fp32") if "script" in variant else model
 
 
 def plain_device():
@@ -124,9 +124,9 @@ def measure_training(variant, steps, texts=None):
     device, tokenizer = plain_device(), make_tokenizer()
     model = make_model(variant, device)
     encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
-    rows, trainer_class, more = 4, SFTTrainer, {}
-    if "own loss" in variant:
-        trainer_class, more = script.LoRATrainer, {"validate": None}
+    rows, trainer_class = 4, SFTTrainer
+    if "script" in variant:
+        trainer_class = script.LoRATrainer
         if device == "cpu" and model.num_parameters() > script.LARGE and "4 x 4" not in variant:
             rows = 1  # as training_config has it
     config = SFTConfig(
@@ -145,13 +145,11 @@ def measure_training(variant, steps, texts=None):
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1000,
-        pad_to_multiple_of=script.round_up(1, script.is_rounded(model)) if "own loss" in variant else None,
+        pad_to_multiple_of=script.round_up(1, script.is_rounded(model)) if "script" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
     clock, data = Clock(), script.training_data(encoded, on_prompt=True)
-    trainer = trainer_class(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **more
-    )
+    trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     trainer.add_callback(clock)
     trainer.train()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

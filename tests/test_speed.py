@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import TINY, load_tiny, plain_nll
+from conftest import TINY, load_tiny
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -44,19 +44,7 @@ def test_the_rounded_head_is_centred_and_gives_the_same_probabilities(tiny):
     assert torch.allclose(log_probs, (hidden @ exact.T).log_softmax(-1), atol=0.05)
 
 
-def test_a_head_with_more_than_a_matrix_is_scored_by_its_own_logits(rows):
-    model, tokenizer = load_tiny()
-    assert script.has_plain_head(model)
-    plain = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
-    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
-    assert not script.has_plain_head(model)
-    nll = [plain_nll(model, tokenizer(text)["input_ids"][:100]) for text in rows[1][:3]]
-    scores = evaluate_perplexity(model, tokenizer, rows[1][:3], max_length=100)
-    assert scores["full_text"] == pytest.approx(torch.cat(nll).double().mean().exp().item(), rel=1e-5)
-    assert scores["full_text"] != pytest.approx(plain["full_text"], rel=0.01)
-
-
-def train(trainer_class, precision, layers, rows, output_dir, **kwargs):
+def train(trainer_class, precision, layers, rows, output_dir):
     """(losses, gradient norms) of four steps with `trainer_class`, which change the whole adapter and nothing else."""
     model = script.load_model(TINY, precision=precision, dropout=0.0)  # no chance in it
     tokenizer = load_tiny()[1]
@@ -78,9 +66,7 @@ def train(trainer_class, precision, layers, rows, output_dir, **kwargs):
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, target_modules=layers, fan_in_fan_out=True)
     data = script.training_data(encoded, on_prompt=True)
-    trainer = trainer_class(
-        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora, **kwargs
-    )
+    trainer = trainer_class(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
@@ -105,26 +91,12 @@ def stock_training(rows, tmp_path_factory):
     [(None, "fp32", 4, 1e-4), (None, "bf16", 1, 1e-2), ("all-linear", "fp32", 4, 1e-4)],
 )
 def test_the_fast_loss_is_the_stock_trainers_and_only_the_adapter_moves(
-    rows, stock_training, tmp_path, monkeypatch, layers, precision, steps, tolerance
+    rows, stock_training, tmp_path, layers, precision, steps, tolerance
 ):
-    monkeypatch.setattr(script, "CHUNK", 32)  # so that a batch takes several
-    ours = train(script.LoRATrainer, precision, layers, rows, tmp_path, validate=None)
+    ours = train(script.LoRATrainer, precision, layers, rows, tmp_path)
     for values, expected in zip(ours, stock_training(layers), strict=True):
         assert len(values) == 4
         assert values[:steps] == pytest.approx(expected[:steps], rel=tolerance)
-
-
-def test_the_loss_in_chunks_has_the_value_and_the_gradient_of_the_plain_one(monkeypatch):
-    monkeypatch.setattr(script, "CHUNK", 64)
-    torch.manual_seed(0)
-    hidden = torch.randn(150, 16, requires_grad=True)  # two whole chunks, and a part of a third
-    weight, labels, factors = torch.randn(40, 16), torch.randint(40, (150,)), torch.rand(150)
-    nll = script.chunked_nll(hidden, weight, labels)
-    (gradient,) = torch.autograd.grad((nll * factors).sum(), hidden)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    (expected_gradient,) = torch.autograd.grad((expected * factors).sum(), hidden)
-    assert torch.allclose(nll, expected, atol=1e-5)
-    assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize(
