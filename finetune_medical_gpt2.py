@@ -280,22 +280,22 @@ def fetch(kind, name, revision=None):
             raise InputError(f"DATASET_NAME: {path} is a folder: name the file in it")
         return path, None
 
+    hub = {"repo_id": name, "revision": revision, "repo_type": kind}
     unreachable = None
     try:
         # Ask once, with a timeout: a download retries for long if the Hub doesn't answer.
-        huggingface_hub.HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=5)
+        huggingface_hub.HfApi().repo_info(**hub, timeout=5)
     except Exception as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
             missing = f"the Hub has no {kind} {name!r} of {constant}_REVISION = {revision!r} (None: the newest)"
             raise InputError(f"{constant}_NAME: {missing}, or you have no access to it (`hf auth login`)") from error
         unreachable = f"{type(error).__name__}: {reason(error)}"
-    # A model's repository often holds the same weights in several formats.
-    only = {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
-    options = {"repo_type": kind, "local_files_only": unreachable is not None} | (only if kind == "model" else {})
+        hub["local_files_only"] = True
+    if kind == "model":  # its repository often holds the same weights in several formats
+        hub |= {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         # the revision as the user gave it: the cache remembers which commit it stood for
-        folder = huggingface_hub.snapshot_download(name, revision=revision, **options)
+        folder = huggingface_hub.snapshot_download(**hub)
     except Exception as error:
         if unreachable:
             raise ConnectionError(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache") from error
@@ -342,6 +342,7 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
         raise InputError(f"MODEL_NAME: {folder} lacks {len(missing)} of the model's weights, such as {missing[0]}")
     # Answers follow the constants alone, not the penalties, beams and lengths of generation_config.json.
     model.generation_config = GenerationConfig()
+    model.loss_type = "ForCausalLM"  # which transformers reads from class names, but not from GPT-2's
     model.size = model.num_parameters()  # before speed_up unties the head
     return speed_up(model.requires_grad_(False).to(device), precision)
 
@@ -491,6 +492,17 @@ def inference(model):
     model.train(was_training)
 
 
+def token_nll(model, ids):
+    """NLL in nats of each token but the first: ids (rows, tokens), padded on the right with -100 -> (rows, tokens - 1).
+
+    It is 0 in the padding.
+    """
+    output = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False)
+    logits, labels = output.logits[:, :-1].float(), ids[:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return nll.view(labels.shape)
+
+
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None):
     """Score every text once, shared out over the processes -> DataFrame with a line for each text.
 
@@ -499,7 +511,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     InputError if a loss is not finite.
     """
     rows = encode(tokenizer, texts, max_length)
-    if shown is not None:
+    if shown:
         rows = [Row(shown.ids + row.ids, len(shown.ids) + row.first, row.answer_bytes) for row in rows]
         max_length += len(shown.ids)
 
@@ -514,18 +526,19 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
             batch = mine[start : start + batch_size]
             # never beyond max_length, which may be the model's whole context
             width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(model)))
-            ids = torch.tensor([rows[i].ids + [-100] * (width - len(rows[i].ids)) for i in batch]).to(model.device)
-            logits = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False).logits
-            labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # position t predicts token t + 1
-            nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
-            nll = nll.view(labels.shape).cpu().double()
-            first = torch.tensor([[rows[i].first] for i in batch])
-            in_answer = torch.arange(1, width + 1) >= first
-            sums += zip(batch, nll.sum(1).tolist(), (nll * in_answer).sum(1).tolist(), strict=True)
+            ids = torch.full((len(batch), width), -100)
+            for line, i in enumerate(batch):
+                ids[line, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
+            nll = token_nll(model, ids.to(model.device)).cpu().double()
+            for i, losses in zip(batch, nll, strict=True):
+                before_answer = max(rows[i].first - 1, 0)  # losses[t] is that of token t + 1
+                sums.append((i, losses.sum().item(), losses[before_answer:].sum().item()))
 
     scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
     # checked after all processes have scored theirs, so that all end alike
-    for i in np.flatnonzero(~np.isfinite(scores.nll)):
+    finite = np.isfinite(scores.nll)
+    if not finite.all():
+        i = finite.argmin()
         raise InputError(f"the model's loss on row {i} is not finite (weights? LEARNING_RATE?): ...{texts[i][-50:]!r}")
     scores["tokens"] = [len(row.ids[1:]) for row in rows]  # the first is not predicted
     scores["answer_tokens"] = [len(row.ids[max(row.first, 1) :]) for row in rows]
@@ -579,7 +592,9 @@ def evaluate_perplexity(model, tokenizer, texts, *, max_length, batch_size=8):
 def mean_losses(perplexity, on_prompt):
     """Mean losses for the log, in nats per token; eval_loss covers what the training loss covers."""
     answer = math.log(perplexity["answer"])
-    return {"eval_loss": math.log(perplexity["full_text"]) if on_prompt else answer, "eval_answer_loss": answer}
+    if on_prompt:
+        return {"eval_loss": math.log(perplexity["full_text"]), "eval_answer_loss": answer}
+    return {"eval_loss": answer}
 
 
 # --- What is measured before and after: articles, everyday text, facts ------------------------------------------------
@@ -611,13 +626,13 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     scores = score(held_out)
     perplexity = summarize_scores(scores)
     say(f"answer perplexity {perplexity['answer']:.2f} on {len(held_out):,} held-out rows")
-    everyday = score([line["article"] for line in read_lines(EVERYDAY)]).sum()
+    everyday = [line["article"] for line in read_lines(EVERYDAY)]
     measured = {
         "perplexity": perplexity,
         "nll": scores.nll.sum(),
         "answer_nll": scores.answer_nll.sum(),
         "trained": summarize_scores(score(train[:SAMPLE_ROWS]))["answer"],
-        "everyday": math.exp(everyday.nll / everyday.tokens) if everyday.tokens else None,
+        "everyday": summarize_scores(score(everyday))["full_text"] if everyday else None,
         "facts": score_facts(model, tokenizer, read_lines(FACTS)),
         "shown_one_row": None,
     }
@@ -633,16 +648,17 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
 
 def compare(before, after):
     """What results.json holds as "perplexity" and "facts", from what `measure` returned before and after."""
-    fall = before["nll"] - after["nll"]
-    perplexity = {
-        "before": before["perplexity"],
-        "after": after["perplexity"],
+
+    def both(name):
+        return {"before": before[name], "after": after[name]} if before[name] else None
+
+    fall, answer_fall = before["nll"] - after["nll"], before["answer_nll"] - after["answer_nll"]
+    perplexity = both("perplexity") | {
         "shown_one_row": before["shown_one_row"],
-        # the share of the fall in NLL that comes from tokens of the prompts
-        "prompt_share": 1 - (before["answer_nll"] - after["answer_nll"]) / fall if fall > 0 else None,
+        "trained": both("trained"),
+        "everyday": both("everyday"),
+        "prompt_share": 1 - answer_fall / fall if fall > 0 else None,  # of the fall in NLL over all tokens
     }
-    for name in ("trained", "everyday"):
-        perplexity[name] = {"before": before[name], "after": after[name]} if before[name] else None
     facts = None
     if before["facts"]:
         change = np.subtract(after["facts"], before["facts"], dtype=float)  # each fact is compared with itself
@@ -665,16 +681,16 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
     An answer is what follows the prompt, up to the first </s> or EOS. Each is sampled from the 50 likeliest tokens at
     `temperature` (0: greedy), with the same `seed`.
     """
-    # what is None here would come from the model's own generation config, which load_model empties
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=float(temperature) or None,  # at 0, greedily, there is none
-        top_k=50,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        stop_strings=[END_MARK],  # in GPT-2's vocabulary it is not one token
-    )
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": temperature > 0,
+        "temperature": float(temperature) or None,  # at 0, greedily, there is none
+        "top_k": 50,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+        "stop_strings": [END_MARK],  # in GPT-2's vocabulary it is not one token
+        "tokenizer": tokenizer,
+    }
     answers = []
     for question in progress_bar(questions, desc="asking"):
         (prompt,) = encode(tokenizer, [format_prompt(question)], sys.maxsize)
@@ -682,7 +698,7 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
         mask = torch.ones_like(input_ids)
         transformers.set_seed(seed)  # the same draws before and after: what differs is the model
         with inference(model):
-            output = model.generate(input_ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+            output = model.generate(input_ids, attention_mask=mask, **options)
         text = tokenizer.decode(output[0, len(prompt.ids) :]).replace(tokenizer.eos_token, END_MARK)
         answers.append(text.split(END_MARK)[0].strip())
     return answers
@@ -879,6 +895,8 @@ def add_adapter(model, lora, seed):
         for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:
             if not any(f".{name}".endswith(f".{target}") for name in model.base_model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
+        if hasattr(model.get_output_embeddings(), "lora_A"):  # TRL says so only after the baseline
+            raise ValueError("an adapter of the LM head can't be trained")
     except (ValueError, re.error) as error:
         raise InputError(f"LORA_TARGET_MODULES: {reason(error)}") from error
     return model
@@ -886,10 +904,11 @@ def add_adapter(model, lora, seed):
 
 def training_data(encoded, on_prompt):
     """Rows as the Trainer takes them: input_ids, and labels, which are -100 where no loss is taken."""
-    # the first token is never predicted, but the Trainer would include its label in num_items_in_batch
-    firsts = [1 if on_prompt else max(row.first, 1) for row in encoded]
-    labels = [[-100] * first + row.ids[first:] for first, row in zip(firsts, encoded, strict=True)]
-    return datasets.Dataset.from_dict({"input_ids": [row.ids for row in encoded], "labels": labels})
+    rows = []
+    for row in encoded:
+        first = 0 if on_prompt else row.first
+        rows.append({"input_ids": row.ids, "labels": [-100] * first + row.ids[first:]})
+    return datasets.Dataset.from_list(rows)
 
 
 def training_config(cfg, hardware, model, run):
@@ -959,10 +978,9 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
 
     seconds, tokens = lines.seconds, trainer.state.num_input_tokens_seen
     trainable, _ = model.get_nb_trainable_parameters()
-    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
     history = [
         # fp16 may scale a gradient to infinity, which JSON does not know
-        {name: entry[name] for name in names if name in entry and math.isfinite(entry[name])}
+        {name: value for name, value in entry.items() if math.isfinite(value)}
         for entry in trainer.state.log_history[:-1]  # the last is the Trainer's summary
     ]
     training = {
@@ -1012,33 +1030,32 @@ def result_table(results):
     return table
 
 
-def new_plot(title, xlabel):
+def new_plot(title):
     """A figure with one empty plot -> (fig, ax)."""
     fig = Figure(figsize=(9, 5.4), layout="tight")
     ax = fig.subplots()
     ax.set_title(title, parse_math=False)  # a `$` in a file's name is not a formula
-    ax.set_xlabel(xlabel)
     ax.spines[["top", "right"]].set_visible(False)
     return fig, ax
 
 
 @matplotlib.style.context("default")  # the user's matplotlibrc may ask for LaTeX
-def plot_training_loss(log_history, path, *, title="Fine-tuning", on_prompt=True):
+def plot_training_loss(log_history, path, *, title="Fine-tuning"):
     """Losses in nats per token over optimizer steps, from the Trainer's log history."""
-    tokens = "all tokens" if on_prompt else "answers"
-    curves = {"loss": (f"training, {tokens}", BEFORE_COLOR), "eval_answer_loss": ("validation, answers", AFTER_COLOR)}
-    if on_prompt:
-        curves["eval_loss"] = ("validation, all tokens", "#D55E00")
-    fig, ax = new_plot(title, "optimizer step (0: the base model)")
+    history = pandas.DataFrame(log_history)
+    curves = {
+        "loss": ("training", BEFORE_COLOR),
+        "eval_loss": ("validation", AFTER_COLOR),
+        "eval_answer_loss": ("validation, answers alone", "#D55E00"),
+    }
+    fig, ax = new_plot(title)
     for name, (label, color) in curves.items():
-        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-        if not points:
+        if name not in history:
             continue
-        steps, losses = np.array(points).T
-        if name == "loss":
-            steps = steps - np.diff(steps, prepend=0) / 2  # the mean since the last entry stands in the middle
+        steps, losses = history[["step", name]].dropna().to_numpy().T
         ax.plot(steps, losses, "o-", color=color, label=f"{label}: {losses[0]:.2f} to {losses[-1]:.2f}")
-        ax.legend()
+    ax.legend()
+    ax.set_xlabel("optimizer step (0: the base model)")
     ax.set_ylabel("loss (nats per token)")
     ax.grid(alpha=0.3)
     fig.savefig(path, format="png", dpi=150)
@@ -1047,21 +1064,18 @@ def plot_training_loss(log_history, path, *, title="Fine-tuning", on_prompt=True
 @matplotlib.style.context("default")
 def plot_perplexity(before, after, path, *, trained=None, everyday=None, title="Perplexity"):
     """Bars of what `evaluate_perplexity` returns; `trained` and `everyday` are {"before", "after"} or None."""
-    groups = {
-        "answers,\nheld-out articles\n(95% interval)": {"before": before["answer"], "after": after["answer"]},
-        "answers,\ntraining articles": trained,
-        "everyday text": everyday,
-    }
-    groups = {label: values for label, values in groups.items() if values}
-    fig, ax = new_plot(title, "perplexity (log scale; lower is better)")
-    y = np.arange(len(groups))
-    for when, scores, shift, color in (("before", before, -0.2, BEFORE_COLOR), ("after", after, 0.2, AFTER_COLOR)):
-        bars = ax.barh(y + shift, [values[when] for values in groups.values()], 0.36, color=color)
-        ax.bar_label(bars, fmt=f"{when} %.2f", padding=14, size=13)  # room for the interval
-        ax.hlines(shift, *scores["answer_ci95"], color="black")  # on the first bar
-    ax.set_yticks(y, groups, fontsize=12)
+    held_out = {"before": before["answer"], "after": after["answer"]}
+    groups = {"answers,\nheld-out articles\n(95% interval)": held_out}
+    groups |= {"answers,\ntraining articles": trained} if trained else {}
+    groups |= {"everyday text": everyday} if everyday else {}
+    table = pandas.DataFrame(groups).T
+    fig, ax = new_plot(title)
+    table.plot.barh(ax=ax, color=[BEFORE_COLOR, AFTER_COLOR], width=0.8, logx=True, legend=False, fontsize=12)
+    for bars, scores in zip(ax.containers, (before, after), strict=True):
+        ax.bar_label(bars, fmt=f"{bars.get_label()} %.2f", padding=14, size=13)  # room for the interval
+        ax.hlines(bars[0].get_center()[1], *scores["answer_ci95"], color="black")  # on the first bar
     ax.invert_yaxis()
-    ax.set_xscale("log")
+    ax.set_xlabel("perplexity (log scale; lower is better)")
     ax.set_xlim(left=1)
     fig.savefig(path, format="png", dpi=150)
 
@@ -1103,8 +1117,10 @@ figures are optimistic.
 At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
 follows the question; in brackets, 95% intervals. **Shown one training row first**: the base model, given an example in
 the prompt. **Training articles**, the first 100 of them: if only these improve, the model learns by heart\
+{% set epochs = training.log_history[-1].epoch %}
 {{ " (it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
 **Medical facts**: the right ending must be likelier than three wrong ones. **Whole rows** count the prompts too, which
+{% set share = perplexity.prompt_share or 0 %}
 nearly all rows share{{ ": %.1f%% of the fall in loss is on prompts" % (100 * share) if share > 0 }}. The
 **reference protocol** averages the losses of the first 100 whole rows at most.
 
@@ -1177,8 +1193,6 @@ def write_report(results, path, *, is_card=False):
         table=result_table(results),
         is_card=is_card,
         is_demo=DEMO_SETTINGS.items() <= results["settings"].items(),
-        epochs=results["training"]["log_history"][-1]["epoch"],
-        share=results["perplexity"]["prompt_share"] or 0,
         cell=as_cell,
         short_name=short_name,
     )
@@ -1190,10 +1204,15 @@ def write_results(results, run):
     (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
     perplexity = results["perplexity"]
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
-    on_prompt = results["settings"]["TRAIN_ON_PROMPT"]
-    plot_training_loss(results["training"]["log_history"], run / "training_loss.png", title=title, on_prompt=on_prompt)
-    others = {name: perplexity[name] for name in ("trained", "everyday")}
-    plot_perplexity(perplexity["before"], perplexity["after"], run / "perplexity_comparison.png", title=title, **others)
+    plot_training_loss(results["training"]["log_history"], run / "training_loss.png", title=title)
+    plot_perplexity(
+        perplexity["before"],
+        perplexity["after"],
+        run / "perplexity_comparison.png",
+        trained=perplexity["trained"],
+        everyday=perplexity["everyday"],
+        title=title,
+    )
     write_report(results, run / "report.md")
     # the adapter's model card, from which the Hub makes its page, with the plots beside it
     write_report(results, run / "adapter" / "README.md", is_card=True)
@@ -1231,8 +1250,6 @@ def check_settings(cfg):
     questions = cfg.QUESTIONS if isinstance(cfg.QUESTIONS, dict) else {}
     if not questions or not all(isinstance(text, str) for pair in questions.items() for text in pair):
         raise InputError("QUESTIONS: must be {topic: question}, two texts each, and one at least")
-    if not PROMPT.endswith(ANSWER_MARK) or "{question}" not in PROMPT:
-        raise InputError(f"PROMPT: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO not in ("none", *get_available_reporting_integrations()):
         raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: not installed; pip install {cfg.REPORT_TO}, or use 'none'")
     try:
@@ -1253,11 +1270,11 @@ def check_fit(cfg, model, tokenizer, encoded, held_out):
     needed = max(cfg.MAX_LENGTH, longest + cfg.MAX_NEW_TOKENS)
     if needed > context_length(model):
         raise InputError(f"MAX_LENGTH, MAX_NEW_TOKENS: {needed} tokens, but the model takes {context_length(model)}")
-    for rows in (encoded[:SAMPLE_ROWS], encode(tokenizer, held_out[:SAMPLE_ROWS], cfg.MAX_LENGTH)):
-        if all(row.first == len(row.ids) for row in rows):
-            raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
-        if max(tokenizer.eos_token_id, *(max(row.ids) for row in rows)) >= model.get_input_embeddings().num_embeddings:
-            raise InputError("MODEL_NAME: the tokenizer knows tokens without an embedding: resize_token_embeddings?")
+    rows = encoded + encode(tokenizer, held_out, cfg.MAX_LENGTH)
+    if all(row.first == len(row.ids) for row in rows):
+        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
+    if max(tokenizer.eos_token_id, *(max(row.ids) for row in rows)) >= model.get_input_embeddings().num_embeddings:
+        raise InputError("MODEL_NAME: the tokenizer knows tokens without an embedding: resize_token_embeddings?")
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
         say("warning: the rows don't start like PROMPT, so questions are asked in a form that isn't trained")
 
@@ -1278,7 +1295,8 @@ def find_inputs(cfg, demo):
     try:
         if not demo:
             model = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
-            return model, on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION)), False
+            data = on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION))
+            return model, data, False
     except ConnectionError as error:
         if not cfg.OFFLINE_FALLBACK:
             raise InputError(f"{error}; go online once, or name local files") from error
@@ -1353,14 +1371,14 @@ def main(demo=False):
 
     # Model and data: from here on they are on this disk, and the Hub is left alone.
     (model_path, commit), (data_path, data_commit), is_fallback = find_inputs(cfg, demo)
-    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {', '.join(f'{key} {hardware[key]}' for key in hardware)}")
+    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; hardware: {hardware}")
     split = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
     train, held_out, counts = split_texts(read_texts(data_path), **split)
     train, held_out = train["text"][:], held_out["text"][:]  # as lists
     tokenizer = load_tokenizer(model_path)
     encoded = encode(tokenizer, train, cfg.MAX_LENGTH, end=True)
     counts["truncated_train_rows"] = sum(row.ids[-1] != tokenizer.eos_token_id for row in encoded)
-    say("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    say(f"data: {counts}")
 
     # A finished run is left alone; one that was interrupted, or has other questions now, resumes in its folder.
     run = run_folder(cfg, model_path, commit, train, held_out)

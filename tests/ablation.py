@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from trl import SFTConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -79,7 +80,7 @@ def main():
 
     def score_base_once(model, tokenizer, texts, **kwargs):
         """`score_rows`; the untouched model scores the same in every run, so it does so in the first alone."""
-        layers = [module for module in model.modules() if isinstance(module, script.BaseTunerLayer)]
+        layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         if not layers[0].disable_adapters:
             return score_rows(model, tokenizer, texts, **kwargs)
         key = (*texts, "shown" in kwargs)

@@ -25,19 +25,19 @@ def curves(ax):
     return {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
 
 
-def test_losses_stand_at_their_steps_and_the_training_loss_in_the_middle_of_its_window(axes):
+def test_losses_stand_at_their_steps(axes):
     script.plot_training_loss(HISTORY, "plot.png", title="cost$_$data")
     assert curves(axes[0]) == {
-        "validation, answers: 4.00 to 3.50": [[0, 4.0], [20, 3.5]],
-        "validation, all tokens: 3.00 to 1.50": [[0, 3.0], [20, 1.5]],
-        "training, all tokens: 2.50 to 2.00": [[5, 2.5], [15, 2.0]],
+        "training: 2.50 to 2.00": [[10, 2.5], [20, 2.0]],
+        "validation: 3.00 to 1.50": [[0, 3.0], [20, 1.5]],
+        "validation, answers alone: 4.00 to 3.50": [[0, 4.0], [20, 3.5]],
     }
     assert axes[0].get_title() == "cost$_$data"
 
 
-def test_the_answers_curve_is_not_drawn_twice_where_the_loss_is_on_them(axes):
-    script.plot_training_loss(HISTORY, "plot.png", on_prompt=False)
-    assert set(curves(axes[0])) == {"validation, answers: 4.00 to 3.50", "training, answers: 2.50 to 2.00"}
+def test_a_loss_that_was_not_logged_has_no_curve(axes):
+    script.plot_training_loss([{"step": 10, "loss": 2.5}], "plot.png")
+    assert curves(axes[0]) == {"training: 2.50 to 2.50": [[10, 2.5]]}
 
 
 BEFORE = {"answer": 40.0, "answer_ci95": [35.0, 45.0]}

@@ -62,9 +62,6 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
         ("QUESTIONS", {"QUESTIONS": ["What is gout?"]}),
         ("QUESTIONS", {"QUESTIONS": {1: "What is gout?"}}),
         ("REPORT_TO = 'numpy': not installed; pip install numpy", {"REPORT_TO": "numpy"}),
-        ("PROMPT: ", {"PROMPT": "[INST] Tell me. [/INST]"}),
-        ("PROMPT: ", {"PROMPT": "{question}"}),
-        ("PROMPT: ", {"PROMPT": "[INST] {question} [/INST] Well,"}),
         ("MAX_LENGTH", {"MAX_LENGTH": 100_000}),
         ("MAX_NEW_TOKENS", {"MAX_NEW_TOKENS": 1000}),
         ("MAX_LENGTH = 16: the prompts alone fill it", {"MAX_LENGTH": 16}),
@@ -73,8 +70,7 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
         ("nothing_like_it", {"LORA_TARGET_MODULES": ["nothing_like_it"]}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": []}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": "("}),
-        ("LORA_TARGET_MODULES: not embeddings or the LM head", {"LORA_TARGET_MODULES": ["lm_head"]}),
-        ("LORA_TARGET_MODULES: not embeddings or the LM head", {"LORA_TARGET_MODULES": ["c_attn", "wte"]}),
+        ("LORA_TARGET_MODULES: an adapter of the LM head can't be trained", {"LORA_TARGET_MODULES": ["lm_head"]}),
     ],
 )
 def test_another_value_that_will_not_do_ends_with_one_line(expect_error, message, changes):
