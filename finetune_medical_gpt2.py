@@ -796,9 +796,8 @@ def choose_hardware():
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        # with one process the Trainer would use DataParallel, which SFTTrainer refuses
-        if processes > gpus or (processes == 1 and gpus > 1):
-            hint = f"torchrun --nproc_per_node={gpus}, or one GPU with CUDA_VISIBLE_DEVICES=0"
+        if processes != gpus:  # one process for several would be DataParallel, which SFTTrainer refuses
+            hint = f"torchrun --nproc_per_node={gpus}, or fewer GPUs with CUDA_VISIBLE_DEVICES"
             raise InputError(f"{processes} process(es) for {gpus} GPU(s): use {hint}")
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return {"device": "cuda", "precision": precision, "name": torch.cuda.get_device_name()}
@@ -1180,7 +1179,7 @@ print(answer.split("</s>")[0])
 def as_cell(value):
     """A value as text that stays in its place in Markdown and HTML, whatever it holds: escaped, on one line."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)  # tabs and control characters
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
