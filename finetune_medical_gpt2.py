@@ -977,9 +977,10 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
 
     seconds, tokens = lines.seconds, trainer.state.num_input_tokens_seen
     trainable, _ = model.get_nb_trainable_parameters()
+    names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
     history = [
         # fp16 may scale a gradient to infinity, which JSON does not know
-        {name: value for name, value in entry.items() if math.isfinite(value)}
+        {name: entry[name] for name in names if name in entry and math.isfinite(entry[name])}
         for entry in trainer.state.log_history[:-1]  # the last is the Trainer's summary
     ]
     training = {

@@ -7,6 +7,7 @@ them. All three are made once and read by many tests, so a test that changes som
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from multiprocessing import forkserver
@@ -17,7 +18,7 @@ sys.path.insert(0, str(TESTS.parent))
 os.environ["PYTHONPATH"] = str(TESTS.parent)  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network and must not try
 # One thread in every process that a test starts, and none that spins while it waits: several that do so on the same two
-# cores take many times as long.
+# cores take many times as long. The tests' own process has two, as it waits while others work.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest  # noqa: E402
@@ -25,7 +26,18 @@ import torch  # noqa: E402
 
 import finetune_medical_gpt2 as script  # noqa: E402
 
+torch.set_num_threads(2)
 TINY = TESTS / "tiny_gpt2"
+
+
+def make_micro():
+    """A folder with an untrained GPT-2 of half a million parameters and the tiny model's tokenizer."""
+    folder = Path(tempfile.mkdtemp(), "micro_gpt2")
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = script.AutoConfig.from_pretrained(TINY, n_layer=1, n_embd=64, n_head=2, dtype="float32")
+    torch.manual_seed(0)
+    script.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
 def first_lines(name, count):
@@ -39,7 +51,7 @@ def first_lines(name, count):
 SHORT_RUN = {
     "MODEL_NAME": str(TINY),
     "MODEL_REVISION": None,
-    "DATASET_NAME": str(TESTS / "medical_terms.jsonl"),
+    "DATASET_NAME": str(first_lines("medical_terms.jsonl", 160)),
     "MAX_STEPS": 24,
     "EVAL_STEPS": 10,
     "LOGGING_STEPS": 5,
@@ -54,6 +66,7 @@ SHORT_RUN = {
 }
 # On top of SHORT_RUN, where it is enough that a run goes through.
 ONE_STEP = {
+    "MODEL_NAME": str(make_micro()),
     "MAX_STEPS": 1,
     "MAX_LENGTH": 64,
     "QUESTIONS": {"Gout": "What is gout?"},
@@ -135,9 +148,8 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def rows():
-    """The texts of the medical terms, cleaned and split: (train, test)."""
-    source = str(TESTS / "medical_terms.jsonl")
-    train, test, _ = script.load_splits(source, test_size=0.1, seed=42)
+    """The texts of the medical terms that the short run takes, cleaned and split: (train, test)."""
+    train, test, _ = script.load_splits(SHORT_RUN["DATASET_NAME"], test_size=0.1, seed=42)
     return train["text"][:], test["text"][:]
 
 

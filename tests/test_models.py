@@ -144,8 +144,9 @@ def test_another_model_is_trained_when_its_name_is_given(tmp_path, monkeypatch, 
     folder = tmp_path / "model"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny[1].save_pretrained(folder)
-    changes = {**ONE_STEP, "MAX_STEPS": 2}  # the learning rate of the first is 0: it warms up
-    set_constants(monkeypatch, tmp_path / "out", MODEL_NAME=str(folder), DATASET_NAME=str(few_rows), **changes)
+    changes = {**ONE_STEP, "MODEL_NAME": str(folder), "DATASET_NAME": str(few_rows)}
+    changes["MAX_STEPS"] = 2  # the learning rate of the first is 0: it warms up
+    set_constants(monkeypatch, tmp_path / "out", **changes)
     results = read(script.main())
     before, after = results["perplexity"]["before"], results["perplexity"]["after"]
     assert math.log(before["full_text"]) == pytest.approx(math.log(6144), abs=0.3)  # it knows nothing yet

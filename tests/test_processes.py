@@ -55,11 +55,13 @@ def run_main_killed(constants, moment):
 MOMENTS = ["before", "checkpoint-2", "training", "after", "results.json"]
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, monkeypatch, few_rows):
+def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, few_rows):
     changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 2, "LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
-    set_constants(monkeypatch, tmp_path / "undisturbed", **changes)
-    undisturbed = script.main()
-    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "killed")}
+    constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "undisturbed")}
+    child = Child(tmp_path, run_main, constants)
+    assert child.exit_code() == 0, child.error()
+    (undisturbed,) = (tmp_path / "undisturbed").iterdir()
+    constants["OUTPUT_DIR"] = str(tmp_path / "killed")
     shown = ""
     for moment in MOMENTS:
         child = Child(tmp_path, run_main_killed, constants, moment)

@@ -110,6 +110,7 @@ def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run):
 
 def test_the_adapter_of_a_relative_model_name_finds_its_base_from_anywhere(tmp_path, monkeypatch, few_rows):
     monkeypatch.chdir(TESTS)
-    set_constants(monkeypatch, tmp_path / "out", MODEL_NAME="tiny_gpt2", DATASET_NAME=str(few_rows), **ONE_STEP)
+    changes = {**ONE_STEP, "MODEL_NAME": "tiny_gpt2", "DATASET_NAME": str(few_rows)}
+    set_constants(monkeypatch, tmp_path / "out", **changes)
     adapter = json.loads((script.main() / "adapter" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == str(TESTS / "tiny_gpt2")

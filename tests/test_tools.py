@@ -6,7 +6,7 @@ import json
 import ablation
 import benchmark
 import pytest
-from conftest import SHORT_RUN, TINY, read
+from conftest import ONE_STEP, SHORT_RUN, TINY, read
 from transformers import GPT2Config
 
 import finetune_medical_gpt2 as script
@@ -84,14 +84,15 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_
     monkeypatch.setattr(script, "score_rows", counted)
     for name in ("FACTS", "EVERYDAY", "SAMPLE_ROWS"):
         monkeypatch.setattr(script, name, SHORT_RUN[name])
+    model = ONE_STEP["MODEL_NAME"]
     monkeypatch.setattr(script, "LOGGING_STEPS", 1)
     options = ("--steps", 4, "--rows", 4, "--max-length", 180, "--test-size", 0.2)
     options += ("--only", "rate 3e-3", "cosine", "--output-dir", tmp_path / "out")
-    (table,) = tables(run_tool(ablation, TINY, few_rows, *options))
+    (table,) = tables(run_tool(ablation, model, few_rows, *options))
     assert [line[0] for line in table] == ["untouched model", "learning rate 3e-3", "cosine schedule at 3e-3"]
 
     assert len(scored) == 5 + 2 * 4  # the untouched model, which is measured once, and two variants
-    (linear,) = (tmp_path / "out").glob("tiny_gpt2-*")
+    (linear,) = (tmp_path / "out").glob("micro_gpt2-*")
     (cosine,) = (tmp_path / "out" / "cosine").iterdir()
     of_thirds = {linear: (1, 2 / 3, 1 / 3), cosine: (1, 0.75, 0.25)}  # 1/2 + cos(pi t) / 2 at t = 0, 1/3, 2/3
     for run, line in zip(of_thirds, table[1:], strict=True):

@@ -35,7 +35,8 @@ def test_labels_are_the_tokens_that_the_loss_is_over(on_prompt, labels):
 @pytest.mark.parametrize("on_prompt", [True, False])
 def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, monkeypatch, tiny, few_rows, on_prompt):
     length = 224  # cuts some of the rows
-    changes = {**ONE_STEP, "DATASET_NAME": str(few_rows), "BATCH_SIZE": 8, "MAX_LENGTH": length}
+    changes = {**ONE_STEP, "MODEL_NAME": str(TINY), "DATASET_NAME": str(few_rows)}
+    changes |= {"BATCH_SIZE": 8, "MAX_LENGTH": length}
     set_constants(monkeypatch, tmp_path / "out", TRAIN_ON_PROMPT=on_prompt, **changes)
     compute_loss, seen = script.LoRATrainer.compute_loss, []
 
