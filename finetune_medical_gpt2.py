@@ -24,6 +24,7 @@ import gzip
 import hashlib
 import html
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -65,11 +66,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.integrations import get_available_reporting_integrations
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import pad
 
 # Model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
@@ -170,7 +173,7 @@ def on_first(function):
     # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
     can_travel = isinstance(error, InputError | ConnectionError | torch.OutOfMemoryError | None)
     result, sent = broadcast_object_list([result, error if can_travel else RuntimeError(repr(error))])
-    if sent is not None:
+    if sent:
         raise error or sent
     return result
 
@@ -184,16 +187,14 @@ def say(message):
 
 def progress_bar(items=None, **options):
     """A tqdm bar on the main process, if its output is a terminal."""
-    hidden = None if PartialState().is_main_process else True  # None: tqdm hides it if there is no terminal
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=hidden, **options)
+    # disable=None: tqdm hides the bar if there is no terminal
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=not PartialState().is_main_process or None, **options)
 
 
 def reason(error):
     """The first line of an error's innermost cause: libraries wrap the reason in general words."""
-    cause = error
-    while cause is not None:
+    while cause := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = cause
-        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -210,7 +211,7 @@ def write_json(path, content):
 def load_json(path):
     """The content of a JSON file; None if it does not exist, or was torn by a power cut."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -223,7 +224,7 @@ class Progress:
     """
 
     def __init__(self, run):
-        self.path = run / "checkpoints" / "progress.json"
+        self.path = run / "checkpoints/progress.json"
         self.stages = on_first(lambda: self.open(run))
 
     def open(self, run):
@@ -234,16 +235,15 @@ class Progress:
         except filelock.Timeout as error:
             raise InputError(f"another process is using {run}: wait for it to finish") from error
         stages = load_json(self.path) or {}
-        if not (run / "adapter" / "adapter_model.safetensors").exists():
-            stages = {name: stage for name, stage in stages.items() if name == "before"}
-        if load_json(run / "results.json") is not None and "training" not in stages:
+        if not (run / "adapter/adapter_model.safetensors").exists():
+            stages = {"before": stages.get("before", {})}
+        if load_json(run / "results.json") and "training" not in stages:
             raise InputError(f"{run} is finished, but its checkpoints/ or adapter/ is gone: move it away to retrain")
         return stages
 
     def stage(self, name, make, **depends_on):
         """Return make(), or its result from an earlier start if `depends_on` is unchanged; call it on all processes."""
-        done = self.stages.get(name)
-        if done is None or done["depends_on"] != depends_on:
+        if self.stages.get(name, {}).get("depends_on") != depends_on:
             began = time.monotonic()
             result = make()
             seconds = round(time.monotonic() - began, 1)
@@ -287,35 +287,37 @@ def fetch(kind, name, revision=None):
         huggingface_hub.HfApi().repo_info(**hub, timeout=5)
     except Exception as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
-            missing = f"the Hub has no {kind} {name!r} of {constant}_REVISION = {revision!r} (None: the newest)"
-            raise InputError(f"{constant}_NAME: {missing}, or you have no access to it (`hf auth login`)") from error
+            raise InputError(
+                f"{constant}_NAME: the Hub has no {kind} {name!r} of {constant}_REVISION = {revision!r} (None: the "
+                "newest), or you have no access to it (`hf auth login`)"
+            ) from error
         unreachable = f"{type(error).__name__}: {reason(error)}"
         hub["local_files_only"] = True
     if kind == "model":  # its repository often holds the same weights in several formats
         hub |= {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
         # the revision as the user gave it: the cache remembers which commit it stood for
-        folder = huggingface_hub.snapshot_download(**hub)
+        folder = Path(huggingface_hub.snapshot_download(**hub))
     except Exception as error:
         if unreachable:
             raise ConnectionError(f"the Hub can't be reached ({unreachable}) and {name} is not in the cache") from error
-        hint = "run the same command again, or `hf auth login` if it is gated"
-        raise InputError(f"{name}: download failed ({reason(error)}); {hint}") from error
-    return Path(folder), Path(folder).name  # the folder is named after the commit
+        raise InputError(
+            f"{name}: download failed ({reason(error)}); run the same command again, or `hf auth login` if it is gated"
+        ) from error
+    return folder, folder.name  # the folder is named after the commit
 
 
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
     try:
         eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token  # GPT-2's is in its class only
+        if eos is None:
+            raise ValueError("it names no end-of-sequence token")
         # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is.
         # EOS is safe as padding: no loss looks at a padding token's id, only at labels of -100.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, eos_token=eos, pad_token=eos)
+        return PreTrainedTokenizerFast.from_pretrained(folder, eos_token=eos, pad_token=eos)
     except Exception as error:
         raise InputError(f"MODEL_NAME: {folder} has no usable tokenizer.json: {reason(error)}") from error
-    if eos is None:
-        raise InputError(f"MODEL_NAME: the tokenizer in {folder} has no end-of-sequence token")
-    return tokenizer
 
 
 def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
@@ -332,16 +334,21 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
                 setattr(config, key, dropout)
             if value == "gelu_new":
                 setattr(config, key, "gelu_pytorch_tanh")  # the same function, in one kernel
-        # in fp32, whatever the folder was saved in; speed_up rounds to bf16 where that pays
-        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        model, loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            # Answers follow the constants alone, not the penalties, beams and lengths of generation_config.json.
+            generation_config=GenerationConfig(),
+            dtype=torch.float32,  # whatever the folder was saved in; speed_up rounds to bf16 where that pays
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
     except Exception as error:
         raise InputError(f"MODEL_NAME: {folder} can't be loaded: {reason(error)}") from error
-    missing = sorted(loaded["missing_keys"])  # transformers makes them up at random, and only warns
+    missing = loaded["missing_keys"]  # transformers makes them up at random, and only warns
     if missing:
-        raise InputError(f"MODEL_NAME: {folder} lacks {len(missing)} of the model's weights, such as {missing[0]}")
-    # Answers follow the constants alone, not the penalties, beams and lengths of generation_config.json.
-    model.generation_config = GenerationConfig()
+        raise InputError(f"MODEL_NAME: {folder} lacks {len(missing)} of the model's weights, such as {min(missing)}")
     model.loss_type = "ForCausalLM"  # which transformers reads from class names, but not from GPT-2's
     model.size = model.num_parameters()  # before speed_up unties the head
     return speed_up(model.requires_grad_(False).to(device), precision)
@@ -360,13 +367,12 @@ def read_table(path):
             # Fields beyond the header would be dropped: an article without quotes would end at its first comma.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
             # as text: an article that reads "NA" or "007" is neither missing nor a number
-            return pandas.read_csv(path, dtype=object, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+            return pandas.read_csv(path, dtype=object, keep_default_na=False, index_col=False)
     content = path.read_bytes() if name == path.name else gzip.decompress(path.read_bytes())
-    text = content.decode(json.detect_encoding(content))
     if name.endswith(".json"):
-        return pandas.DataFrame(json.loads(text), dtype=object)
+        return pandas.DataFrame(json.loads(content), dtype=object)
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(content.decode(json.detect_encoding(content)).split("\n"), start=1):
         try:
             if line.strip():
                 rows.append(json.loads(line))
@@ -383,17 +389,18 @@ def read_texts(path):
         raise InputError(f"DATASET_NAME: {path} can't be read: {reason(error)}") from error
     for pair in (["question", "answer"], ["prompt", "completion"]):
         if set(pair) <= set(table):
-            return [as_row(*values) for values in table[pair].itertuples(index=False)]
+            return [
+                f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}"
+                if isinstance(question, str) and isinstance(answer, str)
+                else None  # which is malformed
+                for question, answer in table[pair].to_numpy()
+            ]
     if "text" in table:
         return table["text"].tolist()
-    columns = ", ".join(map(str, table))[:200] or "none"
-    raise InputError(f"DATASET_NAME: {path} needs columns `question` and `answer`, or `text`; it has {columns}")
-
-
-def as_row(question, answer):
-    """A question and its answer in the form of the data's rows; None if one of them is not a text."""
-    are_texts = isinstance(question, str) and isinstance(answer, str)
-    return f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}" if are_texts else None
+    raise InputError(
+        f"DATASET_NAME: {path} needs columns `question` and `answer`, or `text`; "
+        f"it has {', '.join(map(str, table))[:200] or 'none'}"
+    )
 
 
 def format_prompt(question):
@@ -408,14 +415,17 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     column `text`; stats are the counts of rows. Raises as `fetch` does.
     """
     path, _ = fetch("dataset", str(source), revision)
-    return split_texts(read_texts(path), test_size=test_size, seed=seed, drop_empty=drop_empty)
+    return split_texts(read_texts(path), test_size, seed, drop_empty)
 
 
-def split_texts(texts, *, test_size, seed, drop_empty=True):
+def split_texts(texts, test_size, seed, drop_empty):
     """Clean, shuffle and split texts -> (train, test, stats), as `load_splits` returns them."""
     # one question and one answer, and no half of a surrogate pair, which JSON allows and tokenizers reject
-    sound = [text for text in texts if isinstance(text, str) and text.count(ANSWER_MARK) == 1]
-    sound = [text for text in sound if not re.search("[\ud800-\udfff]", text)]
+    sound = [
+        text
+        for text in texts
+        if isinstance(text, str) and text.count(ANSWER_MARK) == 1 and not re.search("[\ud800-\udfff]", text)
+    ]
     # Duplicates go before the split, so that no row is on both sides. Spaces, line ends and Unicode forms don't count.
     unique = {}  # a dict keeps the order; a set would change the split from run to run
     for text in sound:
@@ -429,9 +439,11 @@ def split_texts(texts, *, test_size, seed, drop_empty=True):
         "dropped_duplicate": len(sound) - len(unique),
         "dropped_empty": len(unique) - len(rows),
     }
-    if not 1 <= math.ceil(len(rows) * test_size) < len(rows):
-        hint = f"malformed: not a text with exactly one {ANSWER_MARK}"
-        raise InputError(f"DATASET_NAME: too few rows to split at TEST_SIZE = {test_size}: {stats} ({hint})")
+    if math.ceil(len(rows) * test_size) >= len(rows):
+        raise InputError(
+            f"DATASET_NAME: too few rows to split at TEST_SIZE = {test_size}: {stats} "
+            f"(malformed: not a text with exactly one {ANSWER_MARK})"
+        )
     data = datasets.Dataset.from_dict({"text": rows})
     train, test = data.train_test_split(test_size=test_size, seed=seed).values()
     return train, test, stats | {"train_rows": len(train), "test_rows": len(test)}
@@ -451,7 +463,7 @@ def leading_ids(tokenizer):
     return encoded["input_ids"][: encoded["special_tokens_mask"].index(0)]
 
 
-def encode(tokenizer, texts, max_length, end=False):
+def encode(tokenizer, texts, max_length=None, end=False):
     """Texts as Rows of at most `max_length` tokens; with `end`, EOS follows a text that isn't cut.
 
     A tokenizer's leading tokens come first, once. All else that it would add, cut or pad by itself is off.
@@ -467,14 +479,14 @@ def encode(tokenizer, texts, max_length, end=False):
             offsets = [(0, 0)] * len(start) + offsets
         # only in training: EOS teaches the model to stop, and is no part of held-out text
         if end and ids[-1:] != [tokenizer.eos_token_id]:
-            ids = ids + [tokenizer.eos_token_id]
+            ids += [tokenizer.eos_token_id]
         ids, offsets = ids[:max_length], offsets[:max_length]
 
         # the answer's first token is the first that starts at or after the end of [/INST]
         begin = len(text) - len(text.partition(ANSWER_MARK)[2])
-        in_answer = (i for i, (low, high) in enumerate(offsets) if begin <= low < high)
-        covered = max((high for _, high in offsets), default=0)  # characters
-        rows.append(Row(ids, next(in_answer, len(ids)), len(text[begin:covered].encode())))
+        first = sum(low < begin for low, _ in offsets)
+        covered = offsets[-1][1] if offsets else 0  # characters
+        rows.append(Row(ids, first, len(text[begin:covered].encode())))
     return rows
 
 
@@ -492,17 +504,6 @@ def inference(model):
     model.train(was_training)
 
 
-def token_nll(model, ids):
-    """NLL in nats of each token but the first: ids (rows, tokens), padded on the right with -100 -> (rows, tokens - 1).
-
-    It is 0 in the padding.
-    """
-    output = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False)
-    logits, labels = output.logits[:, :-1].float(), ids[:, 1:]
-    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return nll.view(labels.shape)
-
-
 def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None):
     """Score every text once, shared out over the processes -> DataFrame with a line for each text.
 
@@ -513,36 +514,33 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     rows = encode(tokenizer, texts, max_length)
     if shown:
         rows = [Row(shown.ids + row.ids, len(shown.ids) + row.first, row.answer_bytes) for row in rows]
-        max_length += len(shown.ids)
 
     # Rows of similar length share a batch, for little padding. The longest come first: if memory is too small, the
     # first batch tells.
-    process = PartialState()
-    longest_first = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
-    mine = longest_first[process.process_index :: process.num_processes]
-    sums = []
+    longest_first = sorted(enumerate(rows), key=lambda item: -len(item[1].ids))
+    mine = longest_first[PartialState().process_index :: PartialState().num_processes]
+    lines = []
     with inference(model):
         for start in progress_bar(range(0, len(mine), batch_size), desc="scoring"):
             batch = mine[start : start + batch_size]
-            # never beyond max_length, which may be the model's whole context
-            width = min(max_length, round_up(len(rows[batch[0]].ids) or 1, is_rounded(model)))
-            ids = torch.full((len(batch), width), -100)
-            for line, i in enumerate(batch):
-                ids[line, : len(rows[i].ids)] = torch.tensor(rows[i].ids)
-            nll = token_nll(model, ids.to(model.device)).cpu().double()
-            for i, losses in zip(batch, nll, strict=True):
-                before_answer = max(rows[i].first - 1, 0)  # losses[t] is that of token t + 1
-                sums.append((i, losses.sum().item(), losses[before_answer:].sum().item()))
+            tensors = [torch.tensor(row.ids or [-100]) for _, row in batch]
+            ids = pad(tensors, -100, pad_to_multiple_of=pad_multiple(model, max_length)).to(model.device)
+            logits = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False).logits
+            for (i, row), row_logits, row_ids in zip(batch, logits, ids, strict=True):
+                # losses[t] is that of token t + 1, as the first is not predicted; in the padding it is 0
+                losses = cross_entropy(row_logits[:-1].float(), row_ids[1:], reduction="none").cpu().double()
+                first = max(row.first, 1)
+                answer = [losses[first - 1 :].sum().item(), len(row.ids[first:]), row.answer_bytes]
+                lines.append([i, losses.sum().item(), len(row.ids[1:]), *answer])
 
-    scores = pandas.DataFrame(sorted(gather_object(sums)), columns=["row", "nll", "answer_nll"], dtype=float)
+    columns = ["row", "nll", "tokens", "answer_nll", "answer_tokens", "answer_bytes"]
+    scores = pandas.DataFrame(sorted(gather_object(lines)), columns=columns, dtype=float)
     # checked after all processes have scored theirs, so that all end alike
-    finite = np.isfinite(scores.nll)
-    if not finite.all():
-        i = finite.argmin()
-        raise InputError(f"the model's loss on row {i} is not finite (weights? LEARNING_RATE?): ...{texts[i][-50:]!r}")
-    scores["tokens"] = [len(row.ids[1:]) for row in rows]  # the first is not predicted
-    scores["answer_tokens"] = [len(row.ids[max(row.first, 1) :]) for row in rows]
-    scores["answer_bytes"] = [row.answer_bytes for row in rows]
+    for i, nll in enumerate(scores.nll):
+        if not math.isfinite(nll):
+            raise InputError(
+                f"the model's loss on row {i} is not finite (weights? LEARNING_RATE?): ...{texts[i][-50:]!r}"
+            )
     return scores
 
 
@@ -560,12 +558,12 @@ def summarize_scores(scores):
     The answer figures are None if no answer was scored.
     """
     total = scores.sum()
-    first_rows = scores[scores.tokens > 0].head(100)
+    first_rows = scores.head(100)
     summary = {
         "answer": None,
         "answer_ci95": None,
         "full_text": math.exp(total.nll / total.tokens),
-        "reference_protocol": math.exp(np.mean(first_rows.nll / first_rows.tokens)),  # a mean of means
+        "reference_protocol": math.exp((first_rows.nll / first_rows.tokens).mean()),  # a mean of means
         "bits_per_byte": None,
         "tokens": int(total.tokens),
         "answer_tokens": int(total.answer_tokens),
@@ -573,9 +571,8 @@ def summarize_scores(scores):
     if total.answer_tokens:
         # a row's loss and its tokens are drawn together, so a long row weighs more in both
         answered = scores[scores.answer_tokens > 0]
-        interval = bootstrap_ci95(answered.answer_nll, answered.answer_tokens)
         summary["answer"] = math.exp(total.answer_nll / total.answer_tokens)
-        summary["answer_ci95"] = [math.exp(end) for end in interval]
+        summary["answer_ci95"] = np.exp(bootstrap_ci95(answered.answer_nll, answered.answer_tokens)).tolist()
         summary["bits_per_byte"] = total.answer_nll / math.log(2) / total.answer_bytes
     return summary
 
@@ -599,22 +596,22 @@ def mean_losses(perplexity, on_prompt):
 
 # --- What is measured before and after: articles, everyday text, facts ------------------------------------------------
 
-FACTS = HERE / "tests" / "medical_facts.jsonl"
-EVERYDAY = HERE / "tests" / "everyday.jsonl"
+FACTS = HERE / "tests/medical_facts.jsonl"
+EVERYDAY = HERE / "tests/everyday.jsonl"
 SAMPLE_ROWS = 100  # training rows that are scored, and held-out rows that are scored after a training row
 
 
 def read_lines(path):
     """The values in a file of JSON lines; [] if the script was copied without it."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def score_facts(model, tokenizer, facts):
     """For each fact, whether its right ending is the likeliest of the four -> list of bool."""
     # the four rows of a fact share their beginning, so their NLL differs by the endings alone
-    rows = [f"{fact['begins']} {ending}." for fact in facts for ending in (fact["right"], *fact["wrong"])]
+    rows = [f"{fact['begins']} {ending}." for fact in facts for ending in (*fact["wrong"], fact["right"])]
     nll = score_rows(model, tokenizer, rows, max_length=512, batch_size=32).nll.to_numpy().reshape(-1, 4)
-    return (nll[:, 0] < nll[:, 1:].min(axis=1)).tolist()
+    return (nll.argmin(axis=1) == 3).tolist()  # of a tie, argmin gives the first
 
 
 def measure(model, tokenizer, cfg, train, held_out, encoded=()):
@@ -667,7 +664,7 @@ def compare(before, after):
             "before": np.mean(before["facts"]),
             "after": np.mean(after["facts"]),
             "change": change.mean(),
-            "change_ci95": bootstrap_ci95(change, np.ones(len(change))),
+            "change_ci95": bootstrap_ci95(change, np.ones_like(change)),
         }
     return {"perplexity": perplexity, "facts": facts}
 
@@ -681,25 +678,22 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
     An answer is what follows the prompt, up to the first </s> or EOS. Each is sampled from the 50 likeliest tokens at
     `temperature` (0: greedy), with the same `seed`.
     """
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": temperature > 0,
-        "temperature": float(temperature) or None,  # at 0, greedily, there is none
-        "top_k": 50,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-        "stop_strings": [END_MARK],  # in GPT-2's vocabulary it is not one token
-        "tokenizer": tokenizer,
-    }
     answers = []
     for question in progress_bar(questions, desc="asking"):
-        (prompt,) = encode(tokenizer, [format_prompt(question)], sys.maxsize)
-        input_ids = torch.tensor([prompt.ids], device=model.device)
-        mask = torch.ones_like(input_ids)
+        (prompt,) = encode(tokenizer, [format_prompt(question)])
         transformers.set_seed(seed)  # the same draws before and after: what differs is the model
         with inference(model):
-            output = model.generate(input_ids, attention_mask=mask, **options)
-        text = tokenizer.decode(output[0, len(prompt.ids) :]).replace(tokenizer.eos_token, END_MARK)
+            output = model.generate(
+                torch.tensor([prompt.ids], device=model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=float(temperature) or None,  # at 0, greedily, there is none
+                top_k=50,
+                eos_token_id=tokenizer.eos_token_id,
+                stop_strings=[END_MARK],  # in GPT-2's vocabulary it is not one token
+                tokenizer=tokenizer,
+            )
+        text = tokenizer.decode(output[0, len(prompt.ids) :], skip_special_tokens=True)
         answers.append(text.split(END_MARK)[0].strip())
     return answers
 
@@ -712,7 +706,7 @@ def answer_stats(text):
         "words": len(words),
         "sentences": len(sentences),
         "unique_words": len(set(words)),
-        "distinct_bigrams": len(set(zip(words, words[1:], strict=False))),
+        "distinct_bigrams": len(set(itertools.pairwise(words))),
         "finished": re.search(r"[.!?…][\"'”’)\]*]*\s*$", text) is not None,
     }
 
@@ -729,11 +723,18 @@ def where_seen(topic, train, held_out):
 
 def ask_both(model, tokenizer, cfg, train, held_out):
     """results["answers"]: the questions, asked of a PEFT model without its adapter (before) and with it (after)."""
-    questions = cfg.QUESTIONS.values()
-    sampling = {"max_new_tokens": cfg.MAX_NEW_TOKENS, "temperature": cfg.TEMPERATURE, "seed": cfg.SEED}
+    ask = functools.partial(
+        generate_answers,
+        model,
+        tokenizer,
+        cfg.QUESTIONS.values(),
+        max_new_tokens=cfg.MAX_NEW_TOKENS,
+        temperature=cfg.TEMPERATURE,
+        seed=cfg.SEED,
+    )
     with model.disable_adapter():
-        before = generate_answers(model, tokenizer, questions, **sampling)
-    after = generate_answers(model, tokenizer, questions, **sampling)
+        before = ask()
+    after = ask()
     leading = tokenizer.decode(leading_ids(tokenizer))
     return [
         {
@@ -757,13 +758,15 @@ LARGE = 50e6  # with more parameters, a CPU trains one row at a time: it is fast
 
 def is_rounded(model):
     """Whether speed_up has rounded the model's matrices to bf16."""
-    return any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return model.get_output_embeddings().weight.dtype == torch.bfloat16
 
 
-def round_up(length, in_bf16):
-    """The length that rows are padded to: there are few, as in bf16 a CPU compiles a kernel for each."""
-    step = 64 if in_bf16 else 8
-    return math.ceil(length / step) * step
+def pad_multiple(model, max_length):
+    """Rows are padded to a multiple of this: few lengths, as in bf16 a CPU compiles a kernel for each.
+
+    It divides `max_length`, which may be the model's whole context, so padding never goes beyond that.
+    """
+    return math.gcd(64 if is_rounded(model) else 8, max_length)
 
 
 def speed_up(model, precision):
@@ -797,17 +800,19 @@ def choose_hardware():
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if processes != gpus:  # one process for several would be DataParallel, which SFTTrainer refuses
-            hint = f"torchrun --nproc_per_node={gpus}, or fewer GPUs with CUDA_VISIBLE_DEVICES"
-            raise InputError(f"{processes} process(es) for {gpus} GPU(s): use {hint}")
+            raise InputError(
+                f"{processes} process(es) for {gpus} GPU(s): use torchrun --nproc_per_node={gpus}, "
+                "or fewer GPUs with CUDA_VISIBLE_DEVICES"
+            )
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return {"device": "cuda", "precision": precision, "name": torch.cuda.get_device_name()}
     if torch.backends.mps.is_available():
         return {"device": "mps", "precision": "fp32", "name": "Apple GPU"}
 
     # Without this, half of a training step is page faults: make glibc keep freed memory, and take it in large pieces.
-    if platform.libc_ver()[0] == "glibc":
+    if hasattr(ctypes.pythonapi, "mallopt"):
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # malloc.h: mmap_max, trim_threshold, top_pad
-            ctypes.CDLL(None).mallopt(option, value)
+            ctypes.pythonapi.mallopt(option, value)
     if processes > 1:  # torchrun allows each process one thread
         torch.set_num_threads(max(1, os.cpu_count() // processes))
     cpu = torch.cpu.get_capabilities()
@@ -845,42 +850,39 @@ class StepLines(transformers.TrainerCallback):
             raise InputError(f"LEARNING_RATE: the training loss is not finite by step {state.global_step}; lower it")
         losses = [f"{name} {logs[name]:.3f}" for name in ("loss", "eval_loss", "eval_answer_loss") if name in logs]
         if losses:
-            left = self.seconds / state.global_step * (state.max_steps - state.global_step)
-            rate = f"{state.num_input_tokens_seen / self.seconds:,.0f} tokens/s, {tqdm.format_interval(left)} left"
-            say(f"step {state.global_step:>4}/{state.max_steps}  {'  '.join(losses)}  {rate}")
+            left = self.seconds * (state.max_steps / state.global_step - 1)
+            say(
+                f"step {state.global_step:>4}/{state.max_steps}  {'  '.join(losses)}  "
+                f"{state.num_input_tokens_seen / self.seconds:,.0f} tokens/s, {tqdm.format_interval(left)} left"
+            )
 
     def on_save(self, args, state, control, **kwargs):
         # By step number, where the Trainer's own rotation goes by file time. Two stay, in case the newest is damaged.
         old = state.global_step - 2 * args.save_steps
-        shutil.rmtree(Path(args.output_dir) / f"checkpoint-{old}", ignore_errors=True)
+        shutil.rmtree(f"{args.output_dir}/checkpoint-{old}", ignore_errors=True)
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer that logs validate(model), a dict of losses, and on a CPU takes the model's own loss."""
+    """SFTTrainer that logs validate(), a dict of losses, and on a CPU takes the model's own loss."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.args.use_cpu:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # TRL's loss, which saves memory on a GPU, is slow on a CPU: this goes past it, to the Trainer's.
-        inputs["use_cache"] = False
-        tokens = num_items_in_batch or 1  # 0 if no row of the step has an answer
-        return super(SFTTrainer, self).compute_loss(model, inputs, return_outputs, tokens)
+    def compute_loss(self, *args, **kwargs):
+        if self.args.use_cpu:  # TRL's loss, which saves memory on a GPU, is slow on a CPU: go past it, to the Trainer's
+            return super(SFTTrainer, self).compute_loss(*args, **kwargs)
+        return super().compute_loss(*args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
-        metrics = self.validate(self.model)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        self.log(self.validate())
+        self.control.should_evaluate = False  # or it would be done again at the end of the epoch
 
 
 def is_whole(checkpoint):
     """Whether no file of a checkpoint is missing or cut off, as after a kill, a power cut or a broken copy."""
-    archives = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+    archives = list(checkpoint.glob("*.pt*"))  # optimizer, scheduler, each process's random state; in fp16 the scaler
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
-        damaged = [path for path in (*archives, *checkpoint.glob("scaler.pt")) if zipfile.ZipFile(path).testzip()]
+        damaged = [path for path in archives if zipfile.ZipFile(path).testzip()]
         json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
-    except (OSError, ValueError, safetensors.SafetensorError, zipfile.BadZipFile):
+    except Exception:  # whatever the libraries raise for what is missing or torn
         return False
     return not damaged and len(archives) >= 2 + PartialState().num_processes
 
@@ -892,7 +894,7 @@ def add_adapter(model, lora, seed):
         model = get_peft_model(model, lora)
         # PEFT complains only if no target matches; a str is a pattern
         for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:
-            if not any(f".{name}".endswith(f".{target}") for name in model.base_model.targeted_module_names):
+            if not any(f".{name}".endswith(f".{target}") for name in model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
         if hasattr(model.get_output_embeddings(), "lora_A"):  # TRL says so only after the baseline
             raise ValueError("an adapter of the LM head can't be trained")
@@ -912,17 +914,16 @@ def training_data(encoded, on_prompt):
 
 def training_config(cfg, hardware, model, run):
     """The reference's recipe as TRL takes it, with what makes it resumable and fast."""
-    rows, accumulation = cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS
-    if hardware["device"] == "cpu" and model.get_base_model().size > LARGE:
-        rows, accumulation = 1, rows * accumulation  # the rows of a step, and so its gradient, are the same
+    # a large model on a CPU takes one row at a time: the rows of a step, and so its gradient, are the same
+    rows = 1 if hardware["device"] == "cpu" and model.size > LARGE else cfg.BATCH_SIZE
     return SFTConfig(
-        output_dir=str(run / "checkpoints"),
+        output_dir=run / "checkpoints",
         seed=cfg.SEED,
         max_length=cfg.MAX_LENGTH,
         num_train_epochs=cfg.NUM_EPOCHS,
         max_steps=cfg.MAX_STEPS,
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS // rows,
         learning_rate=cfg.LEARNING_RATE,
         warmup_steps=cfg.WARMUP_RATIO,  # below 1: a share of all steps
         max_grad_norm=cfg.MAX_GRAD_NORM,
@@ -938,8 +939,7 @@ def training_config(cfg, hardware, model, run):
         bf16=hardware["precision"] == "bf16",
         fp16=hardware["precision"] == "fp16",
         gradient_checkpointing=cfg.GRADIENT_CHECKPOINTING,
-        # 8 or 64, reduced to a divisor of MAX_LENGTH, so that padding never goes beyond it
-        pad_to_multiple_of=math.gcd(round_up(1, is_rounded(model)), cfg.MAX_LENGTH),
+        pad_to_multiple_of=pad_multiple(model, cfg.MAX_LENGTH),
         ddp_find_unused_parameters=False,  # every adapter weight takes part in every step
     )
 
@@ -947,7 +947,7 @@ def training_config(cfg, hardware, model, run):
 def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
     """Train on `encoded` from the newest checkpoint on; save run/adapter -> {"training", "hardware", "versions"}."""
 
-    def validate(model):
+    def validate():
         size = {"max_length": cfg.MAX_LENGTH, "batch_size": cfg.BATCH_SIZE}
         return mean_losses(evaluate_perplexity(model, tokenizer, held_out, **size), cfg.TRAIN_ON_PROMPT)
 
@@ -957,49 +957,50 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         model=model,
         args=training_config(cfg, hardware, model, run),
         train_dataset=data,
-        eval_dataset=data.select([0]),  # the Trainer asks for one; `validate` scores the real one
+        eval_dataset=data.take(1),  # the Trainer asks for one; `validate` scores the real one
         processing_class=tokenizer,
         callbacks=[lines],
     )
     trainer.validate = validate
     trainer.remove_callback(transformers.PrinterCallback)  # it would print dicts
-    whole = on_first(lambda: [str(path) for path in (run / "checkpoints").glob("checkpoint-*") if is_whole(path)])
-    newest = max(whole, key=lambda path: load_json(Path(path) / "trainer_state.json")["global_step"], default=None)
+    whole = on_first(lambda: [path for path in run.glob("checkpoints/checkpoint-*") if is_whole(path)])
+    newest = max(whole, key=lambda path: load_json(path / "trainer_state.json")["global_step"], default=None)
     trainer.train(resume_from_checkpoint=newest)
     lines.bar.close()
     if trainer.args.should_save:
+        lora = model.peft_config["default"]
+        if lora.revision:  # from the Hub: the adapter names its base as the user does, not by a folder of its cache
+            lora.base_model_name_or_path = cfg.MODEL_NAME
         # without the embeddings: no adapter here changes them, and PEFT would ask the Hub about them
         model.save_pretrained(run / "adapter", save_embedding_layers=False)
         tokenizer.save_pretrained(run / "adapter")
-        file = run / "adapter" / "tokenizer_config.json"
+        file = run / "adapter/tokenizer_config.json"
         # for transformers 4 and llama.cpp, which don't know today's class and take no list of extra tokens
         write_json(file, load_json(file) | {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}})
 
-    seconds, tokens = lines.seconds, trainer.state.num_input_tokens_seen
-    trainable, _ = model.get_nb_trainable_parameters()
+    trainable = model.num_parameters(only_trainable=True)
     names = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "eval_answer_loss")
-    history = [
-        # fp16 may scale a gradient to infinity, which JSON does not know
-        {name: entry[name] for name in names if name in entry and math.isfinite(entry[name])}
-        for entry in trainer.state.log_history[:-1]  # the last is the Trainer's summary
-    ]
     training = {
         "steps": trainer.state.global_step,
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "seconds": lines.seconds,
+        "tokens_per_second": trainer.state.num_input_tokens_seen / lines.seconds,
         "trainable_parameters": trainable,
-        "total_parameters": trainable + model.get_base_model().size,
-        "log_history": history,
+        "total_parameters": trainable + model.size,
+        "log_history": [
+            # fp16 may scale a gradient to infinity, which JSON does not know
+            {name: entry[name] for name in names if math.isfinite(entry.get(name, math.inf))}
+            for entry in trainer.state.log_history[:-1]  # the last is the Trainer's summary
+        ],
     }
-    packages = ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
-    versions = {name: importlib.metadata.version(name) for name in packages}
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
+    }
     return {"training": training, "hardware": hardware, "versions": versions}
 
 
 # --- Results: the table, the plots, the report, the model card --------------------------------------------------------
-
-BEFORE_COLOR, AFTER_COLOR = "#999999", "#0072B2"
 
 
 def result_table(results):
@@ -1012,8 +1013,8 @@ def result_table(results):
         table.append([label, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.0%}"])
 
     add("Answers, held-out articles", before["answer"], after["answer"])
-    for column, scores in ((1, before), (2, after)):
-        table[0][column] += " ({:.2f} to {:.2f})".format(*scores["answer_ci95"])
+    with_interval = "{answer:.2f} ({answer_ci95[0]:.2f} to {answer_ci95[1]:.2f})"
+    table[0][1:3] = with_interval.format(**before), with_interval.format(**after)
     if perplexity["shown_one_row"]:
         shown = f"{perplexity['shown_one_row']:.2f}"
         table.append(["the same, base model shown one training row first", shown, "", ""])
@@ -1031,53 +1032,48 @@ def result_table(results):
 
 
 def new_plot(title):
-    """A figure with one empty plot -> (fig, ax)."""
-    fig = Figure(figsize=(9, 5.4), layout="tight")
-    ax = fig.subplots()
+    """The axes of an empty plot."""
+    ax = Figure(figsize=(9, 5.4), dpi=150, layout="tight").subplots()
     ax.set_title(title, parse_math=False)  # a `$` in a file's name is not a formula
     ax.spines[["top", "right"]].set_visible(False)
-    return fig, ax
+    return ax
 
 
 @matplotlib.style.context("default")  # the user's matplotlibrc may ask for LaTeX
 def plot_training_loss(log_history, path, *, title="Fine-tuning"):
     """Losses in nats per token over optimizer steps, from the Trainer's log history."""
-    history = pandas.DataFrame(log_history)
-    curves = {
-        "loss": ("training", BEFORE_COLOR),
-        "eval_loss": ("validation", AFTER_COLOR),
-        "eval_answer_loss": ("validation, answers alone", "#D55E00"),
-    }
-    fig, ax = new_plot(title)
-    for name, (label, color) in curves.items():
-        if name not in history:
-            continue
-        steps, losses = history[["step", name]].dropna().to_numpy().T
-        ax.plot(steps, losses, "o-", color=color, label=f"{label}: {losses[0]:.2f} to {losses[-1]:.2f}")
+    history = pandas.DataFrame(log_history).set_index("step")
+    curves = {"loss": "training", "eval_loss": "validation", "eval_answer_loss": "validation, answers alone"}
+    ax = new_plot(title)
+    for name, label in curves.items():
+        if name in history:
+            losses = history[name].dropna()
+            ax.plot(losses, "o-", label=f"{label}: {losses.iloc[0]:.2f} to {losses.iloc[-1]:.2f}")
     ax.legend()
     ax.set_xlabel("optimizer step (0: the base model)")
     ax.set_ylabel("loss (nats per token)")
     ax.grid(alpha=0.3)
-    fig.savefig(path, format="png", dpi=150)
+    ax.figure.savefig(path, format="png")
 
 
 @matplotlib.style.context("default")
 def plot_perplexity(before, after, path, *, trained=None, everyday=None, title="Perplexity"):
     """Bars of what `evaluate_perplexity` returns; `trained` and `everyday` are {"before", "after"} or None."""
-    held_out = {"before": before["answer"], "after": after["answer"]}
-    groups = {"answers,\nheld-out articles\n(95% interval)": held_out}
-    groups |= {"answers,\ntraining articles": trained} if trained else {}
-    groups |= {"everyday text": everyday} if everyday else {}
-    table = pandas.DataFrame(groups).T
-    fig, ax = new_plot(title)
-    table.plot.barh(ax=ax, color=[BEFORE_COLOR, AFTER_COLOR], width=0.8, logx=True, legend=False, fontsize=12)
+    groups = {
+        "answers,\nheld-out articles\n(95% interval)": {"before": before["answer"], "after": after["answer"]},
+        "answers,\ntraining articles": trained,
+        "everyday text": everyday,
+    }
+    table = pandas.DataFrame({label: values for label, values in groups.items() if values}).T
+    ax = new_plot(title)
+    table.plot.barh(ax=ax, color=["#999999", "#0072B2"], width=0.8, logx=True, legend=False, fontsize=12)
     for bars, scores in zip(ax.containers, (before, after), strict=True):
         ax.bar_label(bars, fmt=f"{bars.get_label()} %.2f", padding=14, size=13)  # room for the interval
         ax.hlines(bars[0].get_center()[1], *scores["answer_ci95"], color="black")  # on the first bar
     ax.invert_yaxis()
     ax.set_xlabel("perplexity (log scale; lower is better)")
     ax.set_xlim(left=1)
-    fig.savefig(path, format="png", dpi=150)
+    ax.figure.savefig(path, format="png")
 
 
 REPORT = """\
@@ -1107,7 +1103,7 @@ Medical facts: {{ "gained" if facts.change_ci95[0] > 0 else "lost" if facts.chan
 "no change that %d facts can detect" % facts.count }}.
 {% endif %}
 None of the text below is medical advice.
-{% if is_demo %}
+{% if demo_settings.items() <= settings.items() %}
 **This is the demo**, a tiny model on a small data set. Its settings were chosen on these held-out articles, so its
 figures are optimistic.
 {% endif %}
@@ -1171,7 +1167,7 @@ print(answer.split("</s>")[0])
 | --- | --- |
 {% for group in ("data", "training", "stage_seconds", "hardware", "versions", "settings") %}
 {% for name, value in results[group] | items if name != "log_history" %}
-| {{ group }}: {{ name }} | {{ cell(value) }} |
+| {{ group }}: {{ name }} | {{ cell("%.6g" % value if value is float else value) }} |
 {% endfor %}
 {% endfor %}
 """
@@ -1179,20 +1175,19 @@ print(answer.split("</s>")[0])
 
 def as_cell(value):
     """A value as text that stays in its place in Markdown and HTML, whatever it holds: escaped, on one line."""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)  # tabs and control characters
+    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", str(value))  # tabs and control characters
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
 def write_report(results, path, *, is_card=False):
     """Write report.md, from what results.json holds; as a model card, with metadata in front."""
-    template = jinja2.Template(REPORT, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    template = jinja2.Template(REPORT, trim_blocks=True)
     text = template.render(
         results,  # every key of results.json is a name in the template, as are these:
         results=results,
         table=result_table(results),
         is_card=is_card,
-        is_demo=DEMO_SETTINGS.items() <= results["settings"].items(),
+        demo_settings=DEMO_SETTINGS,
         cell=as_cell,
         short_name=short_name,
     )
@@ -1215,7 +1210,7 @@ def write_results(results, run):
     )
     write_report(results, run / "report.md")
     # the adapter's model card, from which the Hub makes its page, with the plots beside it
-    write_report(results, run / "adapter" / "README.md", is_card=True)
+    write_report(results, run / "adapter/README.md", is_card=True)
     for plot in run.glob("*.png"):
         shutil.copy(plot, run / "adapter")
     write_json(run / "results.json", results)
@@ -1224,17 +1219,17 @@ def write_results(results, run):
 # --- Settings, folder, errors -----------------------------------------------------------------------------------------
 
 # What a number must be, in words -> (allowed types, the rule, the constants).
-WHOLE, ANY = (int,), (int, float)
+NUMBER = int | float
 COUNTS = "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_LENGTH MAX_NEW_TOKENS"
 RULES = {
-    "a whole number from 1": (WHOLE, lambda n: 1 <= n < 2**31, COUNTS),
-    "a whole number from 0": (WHOLE, lambda n: 0 <= n < 2**31, "SEED"),
-    "-1, or a whole number from 1": (WHOLE, lambda n: n == -1 or 1 <= n < 2**31, "MAX_STEPS"),
-    "a number above 0": (ANY, lambda x: 0 < x < math.inf, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
-    "a number from 0": (ANY, lambda x: 0 <= x < math.inf, "MAX_GRAD_NORM TEMPERATURE"),
-    "a share between 0 and 1, such as 0.1": (ANY, lambda x: 0 < x < 1, "TEST_SIZE"),
-    "a share from 0 to below 1": (ANY, lambda x: 0 <= x < 1, "LORA_DROPOUT WARMUP_RATIO"),
-    "None, or a share from 0 to below 1": ((*ANY, type(None)), lambda x: x is None or 0 <= x < 1, "BASE_DROPOUT"),
+    "a whole number from 1": (int, lambda n: n >= 1, COUNTS),
+    "a whole number from 0": (int, lambda n: 0 <= n < 2**31, "SEED"),
+    "-1, or a whole number from 1": (int, lambda n: n == -1 or n >= 1, "MAX_STEPS"),
+    "a number above 0": (NUMBER, lambda x: 0 < x < math.inf, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
+    "a number from 0": (NUMBER, lambda x: 0 <= x < math.inf, "MAX_GRAD_NORM TEMPERATURE"),
+    "a share between 0 and 1, such as 0.1": (NUMBER, lambda x: 0 < x < 1, "TEST_SIZE"),
+    "a share from 0 to below 1": (NUMBER, lambda x: 0 <= x < 1, "LORA_DROPOUT WARMUP_RATIO"),
+    "None, or a share from 0 to below 1": (NUMBER | None, lambda x: x is None or 0 <= x < 1, "BASE_DROPOUT"),
 }
 
 
@@ -1245,11 +1240,13 @@ def check_settings(cfg):
     for wanted, (types, allows, names) in RULES.items():
         for name in names.split():
             value = getattr(cfg, name)
-            if type(value) not in types or not allows(value):  # type(), as True is an int, too
+            if isinstance(value, bool) or not isinstance(value, types) or not allows(value):  # a bool is an int, too
                 raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
     questions = cfg.QUESTIONS if isinstance(cfg.QUESTIONS, dict) else {}
     if not questions or not all(isinstance(text, str) for pair in questions.items() for text in pair):
         raise InputError("QUESTIONS: must be {topic: question}, two texts each, and one at least")
+    if not PROMPT.endswith(ANSWER_MARK) or "{question}" not in PROMPT:
+        raise InputError(f"PROMPT: must hold {{question}} and end with {ANSWER_MARK}")
     if cfg.REPORT_TO not in ("none", *get_available_reporting_integrations()):
         raise InputError(f"REPORT_TO = {cfg.REPORT_TO!r}: not installed; pip install {cfg.REPORT_TO}, or use 'none'")
     try:
@@ -1266,7 +1263,7 @@ def context_length(model):
 def check_fit(cfg, model, tokenizer, encoded, held_out):
     """Raise InputError if the settings don't fit the model's context or the rows."""
     prompts = [format_prompt(question) for question in cfg.QUESTIONS.values()]
-    longest = max(len(row.ids) for row in encode(tokenizer, prompts, sys.maxsize))
+    longest = max(len(row.ids) for row in encode(tokenizer, prompts))
     needed = max(cfg.MAX_LENGTH, longest + cfg.MAX_NEW_TOKENS)
     if needed > context_length(model):
         raise InputError(f"MAX_LENGTH, MAX_NEW_TOKENS: {needed} tokens, but the model takes {context_length(model)}")
@@ -1294,9 +1291,11 @@ def find_inputs(cfg, demo):
     """Model and data on this disk -> (model path, commit), (data path, commit), whether the demo stepped in."""
     try:
         if not demo:
-            model = on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION))
-            data = on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION))
-            return model, data, False
+            return (
+                on_first(lambda: fetch("model", cfg.MODEL_NAME, cfg.MODEL_REVISION)),
+                on_first(lambda: fetch("dataset", cfg.DATASET_NAME, cfg.DATASET_REVISION)),
+                False,
+            )
     except ConnectionError as error:
         if not cfg.OFFLINE_FALLBACK:
             raise InputError(f"{error}; go online once, or name local files") from error
@@ -1314,17 +1313,18 @@ NOT_TRAINED = (*ASKED, *LOCATIONS, "OUTPUT_DIR", "REPORT_TO", "OFFLINE_FALLBACK"
 
 def run_folder(cfg, model_path, commit, train, held_out):
     """The run's folder: the model's name, and a hash of all that decides the training but the code."""
-    identity = {
-        "settings": {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
-        "prompt": PROMPT,
-        "model": commit,
-        "rows": [train, held_out],
-        "processes": PartialState().num_processes,  # with more of them a step has more rows
-    }
+    identity = [
+        {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
+        PROMPT,
+        commit,
+        train,
+        held_out,
+        PartialState().num_processes,  # with more of them a step has more rows
+    ]
     digest = hashlib.sha256(json.dumps(identity).encode())
     if commit is None:
         for path in sorted(model_path.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            if path.suffix in (".json", ".safetensors"):
                 digest.update(path.name.encode() + path.read_bytes())
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", short_name(cfg.MODEL_NAME))[:60]
     return Path(cfg.OUTPUT_DIR).expanduser() / f"{name}-{digest.hexdigest()[:8]}"
@@ -1333,23 +1333,24 @@ def run_folder(cfg, model_path, commit, train, held_out):
 @contextlib.contextmanager
 def one_line_errors():
     """Around `main`: what a user can fix ends with one line on stderr and an exit code."""
+    code = 2
     try:
         yield
         return
     except InputError as error:
-        code, message = 2, f"error: {error}"
+        message = f"error: {error}"
     except KeyboardInterrupt:
         code, message = 130, f"interrupted: run the same command again to resume ({OUTPUT_DIR}/)"
     except torch.OutOfMemoryError:
-        code, message = 2, "error: out of GPU memory: set GRADIENT_CHECKPOINTING = True and resume, or halve BATCH_SIZE"
+        message = "error: out of GPU memory: set GRADIENT_CHECKPOINTING = True and resume, or halve BATCH_SIZE"
     except Exception:
         # torch and safetensors don't pass a full disk's error number on
         folder = Path(OUTPUT_DIR).expanduser()
         if not folder.exists() or shutil.disk_usage(folder).free > 2**20:
             raise
-        code, message = 2, f"error: no space left in {OUTPUT_DIR}/: free some and run the same command again"
+        message = f"error: no space left in {OUTPUT_DIR}/: free some and run the same command again"
     # from the environment, as an error may come before the processes know each other
-    if os.environ.get("RANK", "") in ("", "0") or "memory" in message:
+    if os.environ.get("RANK", "0") == "0" or "memory" in message:
         print(message, file=sys.stderr)
     raise SystemExit(code)
 
@@ -1372,8 +1373,8 @@ def main(demo=False):
     # Model and data: from here on they are on this disk, and the Hub is left alone.
     (model_path, commit), (data_path, data_commit), is_fallback = find_inputs(cfg, demo)
     say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; hardware: {hardware}")
-    split = {"test_size": cfg.TEST_SIZE, "seed": cfg.SEED, "drop_empty": cfg.DROP_EMPTY_ANSWERS}
-    train, held_out, counts = split_texts(read_texts(data_path), **split)
+    texts = read_texts(data_path)
+    train, held_out, counts = split_texts(texts, cfg.TEST_SIZE, cfg.SEED, cfg.DROP_EMPTY_ANSWERS)
     train, held_out = train["text"][:], held_out["text"][:]  # as lists
     tokenizer = load_tokenizer(model_path)
     encoded = encode(tokenizer, train, cfg.MAX_LENGTH, end=True)
@@ -1384,7 +1385,7 @@ def main(demo=False):
     run = run_folder(cfg, model_path, commit, train, held_out)
     asked = {name: getattr(cfg, name) for name in ASKED}
     finished = on_first(lambda: load_json(run / "results.json"))  # the last file that a run writes
-    if finished is not None and asked.items() <= finished["settings"].items():
+    if finished and asked.items() <= finished["settings"].items():
         say(f"already finished: {run}/report.md (to repeat it, move the folder away)")
         return run
 
@@ -1401,14 +1402,14 @@ def main(demo=False):
         revision=commit,
     )
     model = add_adapter(model, lora, cfg.SEED)
-    # the saved adapter names its base as the user does, not by a folder of the Hub's cache
-    model.peft_config["default"].base_model_name_or_path = cfg.MODEL_NAME if commit else str(model_path.resolve())
     progress = Progress(run)
 
     # The baseline, before any training: the adapter is disabled.
-    same = {"precision": hardware["precision"]}  # of both measurements, should the run resume elsewhere
+    precision = hardware["precision"]  # of both measurements, should the run resume elsewhere
     with model.disable_adapter():
-        before = progress.stage("before", lambda: measure(model, tokenizer, cfg, train, held_out, encoded), **same)
+        before = progress.stage(
+            "before", lambda: measure(model, tokenizer, cfg, train, held_out, encoded), precision=precision
+        )
 
     # Fine-tuning, from the newest checkpoint on.
     trained = progress.stage("training", lambda: fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run))
@@ -1416,18 +1417,19 @@ def main(demo=False):
     # The adapter as it was saved, on a model that no training has touched.
     del model  # two may not fit into memory
     gc.collect()
-    model = load_model(model_path, hardware["device"], hardware["precision"])  # dropout takes no part in measuring
-    model = PeftModel.from_pretrained(model, str(run / "adapter"))
-    after = progress.stage("after", lambda: measure(model, tokenizer, cfg, train, held_out), **same)
-    ask = functools.partial(ask_both, model, tokenizer, cfg, train, held_out)
-    answers = progress.stage("answers", lambda: on_first(ask), **asked)
+    model = load_model(model_path, hardware["device"], precision)  # dropout takes no part in measuring
+    model = PeftModel.from_pretrained(model, run / "adapter")
+    after = progress.stage("after", lambda: measure(model, tokenizer, cfg, train, held_out), precision=precision)
+    answers = progress.stage(
+        "answers", lambda: on_first(lambda: ask_both(model, tokenizer, cfg, train, held_out)), **asked
+    )
     if not PartialState().is_main_process:
         return run
 
     # All figures in one place; the plots, the report and the model card are made from them.
-    *history, last = trained["training"]["log_history"]
-    first = {"step": 0, "epoch": 0.0} | mean_losses(before["perplexity"], cfg.TRAIN_ON_PROMPT)
-    last |= mean_losses(after["perplexity"], cfg.TRAIN_ON_PROMPT)
+    history = trained["training"]["log_history"]
+    history.insert(0, {"step": 0, "epoch": 0.0} | mean_losses(before["perplexity"], cfg.TRAIN_ON_PROMPT))
+    history[-1] |= mean_losses(after["perplexity"], cfg.TRAIN_ON_PROMPT)
     results = {
         "model": cfg.MODEL_NAME,
         "model_revision": commit,
@@ -1438,7 +1440,6 @@ def main(demo=False):
         "data": counts,
         **compare(before, after),  # perplexity and facts
         **trained,  # training, hardware and versions
-        "training": trained["training"] | {"log_history": [first, *history, last]},
         "stage_seconds": {name: stage["seconds"] for name, stage in progress.stages.items()},
         "answers": answers,
     }

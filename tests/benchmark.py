@@ -145,7 +145,7 @@ def measure_training(variant, steps, texts=None):
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1000,
-        pad_to_multiple_of=script.round_up(1, script.is_rounded(model)) if "script" in variant else None,
+        pad_to_multiple_of=script.pad_multiple(model, 512) if "script" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
     clock, data = Clock(), script.training_data(encoded, on_prompt=True)

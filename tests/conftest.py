@@ -30,6 +30,10 @@ torch.set_num_threads(2)
 TINY = TESTS / "tiny_gpt2"
 
 
+def no_plot(*args, **kwargs):
+    """Drawing takes a third of a short run, and has tests of its own."""
+
+
 def make_micro():
     """A folder with an untrained GPT-2 of half a million parameters and the tiny model's tokenizer."""
     folder = Path(tempfile.mkdtemp(), "micro_gpt2")
@@ -48,6 +52,7 @@ def first_lines(name, count):
     return path
 
 
+MICRO = make_micro()
 SHORT_RUN = {
     "MODEL_NAME": str(TINY),
     "MODEL_REVISION": None,
@@ -66,12 +71,14 @@ SHORT_RUN = {
 }
 # On top of SHORT_RUN, where it is enough that a run goes through.
 ONE_STEP = {
-    "MODEL_NAME": str(make_micro()),
+    "MODEL_NAME": str(MICRO),
     "MAX_STEPS": 1,
     "MAX_LENGTH": 64,
     "QUESTIONS": {"Gout": "What is gout?"},
     "MAX_NEW_TOKENS": 2,
     "SAMPLE_ROWS": 1,
+    "plot_training_loss": no_plot,
+    "plot_perplexity": no_plot,
 }
 
 
@@ -109,16 +116,16 @@ def without_times(results):
     return results
 
 
-def load_tiny():
+def load_tiny(folder=TINY):
     """A model and a tokenizer as `tiny` has them, for a test that changes them."""
-    model = script.load_model(TINY).eval()
-    tokenizer = script.AutoTokenizer.from_pretrained(TINY)
+    model = script.load_model(folder).eval()
+    tokenizer = script.AutoTokenizer.from_pretrained(folder)
     return model, tokenizer
 
 
 def unigram_model(log_probs, offset=0.0):
-    """A tiny GPT-2 with the same known log-probabilities at every position; `offset` shifts all logits."""
-    model, tokenizer = load_tiny()
+    """A GPT-2 with the same known log-probabilities at every position; `offset` shifts all logits."""
+    model, tokenizer = load_tiny(MICRO)
     with torch.no_grad():
         # the last layer norm gives (1, 0, 0, ...), whatever it is given
         model.transformer.ln_f.weight.zero_()

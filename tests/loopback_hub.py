@@ -5,12 +5,12 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from conftest import TESTS, TINY
+from conftest import MICRO, TESTS
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FEW_LINES = (TESTS / "medical_terms.jsonl").read_bytes().splitlines(keepends=True)[:30]
 FILES = {
-    "model": {path.name: path.read_bytes() for path in [*TINY.glob("*.json"), *TINY.glob("*.safetensors")]},
+    "model": {path.name: path.read_bytes() for path in [*MICRO.glob("*.json"), *MICRO.glob("*.safetensors")]},
     "dataset": {"train.jsonl": b"".join(FEW_LINES)},
 }
 FILES["model"]["pytorch_model.bin"] = b"the same weights again, as many repositories have them"

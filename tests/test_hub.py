@@ -131,7 +131,7 @@ def visits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     settings = {
         **SHORT_RUN,
-        **ONE_STEP,
+        **{name: value for name, value in ONE_STEP.items() if name.isupper()},
         "MAX_LENGTH": 192,
         "MODEL_NAME": "some/model",
         "DATASET_NAME": "some/data",

@@ -73,7 +73,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, few_rows):
     shown += child.stdout.read()
     assert child.exit_code() == 0, child.error()
     assert without_times(read(run)) == without_times(read(undisturbed))
-    for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
+    for name in ("report.md", "adapter/README.md"):
         assert (run / name).exists()
     # checkpoint-1 was whole before the kill in checkpoint-2, so only step 2 is taken twice
     assert [shown.count(f"step    {step}/3  loss") for step in (1, 2, 3)] == [1, 2, 1]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ONE_STEP, TESTS, TINY, flat, read, set_constants
+from conftest import MICRO, ONE_STEP, TINY, flat, read, set_constants
 
 import finetune_medical_gpt2 as script
 
@@ -109,8 +109,8 @@ def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run):
 
 
 def test_the_adapter_of_a_relative_model_name_finds_its_base_from_anywhere(tmp_path, monkeypatch, few_rows):
-    monkeypatch.chdir(TESTS)
-    changes = {**ONE_STEP, "MODEL_NAME": "tiny_gpt2", "DATASET_NAME": str(few_rows)}
+    monkeypatch.chdir(MICRO.parent)
+    changes = {**ONE_STEP, "MODEL_NAME": "micro_gpt2", "DATASET_NAME": str(few_rows)}
     set_constants(monkeypatch, tmp_path / "out", **changes)
     adapter = json.loads((script.main() / "adapter" / "adapter_config.json").read_text())
-    assert adapter["base_model_name_or_path"] == str(TESTS / "tiny_gpt2")
+    assert adapter["base_model_name_or_path"] == str(MICRO)

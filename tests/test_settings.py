@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ONE_STEP, TINY, read, row, set_constants
+from conftest import MICRO, ONE_STEP, TINY, read, row, set_constants
 from transformers import AutoTokenizer
 
 import finetune_medical_gpt2 as script
@@ -62,6 +62,9 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
         ("QUESTIONS", {"QUESTIONS": ["What is gout?"]}),
         ("QUESTIONS", {"QUESTIONS": {1: "What is gout?"}}),
         ("REPORT_TO = 'numpy': not installed; pip install numpy", {"REPORT_TO": "numpy"}),
+        ("PROMPT: ", {"PROMPT": "[INST] Tell me. [/INST]"}),
+        ("PROMPT: ", {"PROMPT": "{question}"}),
+        ("PROMPT: ", {"PROMPT": "[INST] {question} [/INST] Well,"}),
         ("MAX_LENGTH", {"MAX_LENGTH": 100_000}),
         ("MAX_NEW_TOKENS", {"MAX_NEW_TOKENS": 1000}),
         ("MAX_LENGTH = 16: the prompts alone fill it", {"MAX_LENGTH": 16}),
@@ -119,9 +122,9 @@ def test_a_home_folder_in_a_path_is_found(tmp_path, monkeypatch, few_rows):
 
 
 def test_a_path_and_a_whole_temperature_are_taken_as_a_text_and_a_fraction(tmp_path, monkeypatch, few_rows):
-    changes = {"MODEL_NAME": TINY, "DATASET_NAME": few_rows, "TEMPERATURE": 2}
+    changes = {"MODEL_NAME": MICRO, "DATASET_NAME": few_rows, "TEMPERATURE": 2}
     set_constants(monkeypatch, tmp_path, **{**ONE_STEP, **changes, "OUTPUT_DIR": tmp_path})
-    assert read(script.main())["settings"]["MODEL_NAME"] == str(TINY)
+    assert read(script.main())["settings"]["MODEL_NAME"] == str(MICRO)
 
 
 HOLD_LOCK = """

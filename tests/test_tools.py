@@ -6,7 +6,7 @@ import json
 import ablation
 import benchmark
 import pytest
-from conftest import ONE_STEP, SHORT_RUN, TINY, read
+from conftest import MICRO, SHORT_RUN, TINY, read
 from transformers import GPT2Config
 
 import finetune_medical_gpt2 as script
@@ -28,7 +28,7 @@ def tiny_benchmark(monkeypatch, matmul_rates):
     monkeypatch.setattr(benchmark, "ANSWER_TOKENS", range(3, 25, 2))
 
     def in_this_process(function, *arguments, checkout=None):
-        small_arguments = [min(x, 60) if type(x) is int else x for x in arguments]
+        small_arguments = [min(x, 6) if type(x) is int else x for x in arguments]
         return getattr(benchmark, function)(*small_arguments)
 
     monkeypatch.setattr(benchmark, "in_own_process", in_this_process)
@@ -84,11 +84,10 @@ def test_the_ablation_prints_the_untouched_model_and_each_variant(run_tool, tmp_
     monkeypatch.setattr(script, "score_rows", counted)
     for name in ("FACTS", "EVERYDAY", "SAMPLE_ROWS"):
         monkeypatch.setattr(script, name, SHORT_RUN[name])
-    model = ONE_STEP["MODEL_NAME"]
     monkeypatch.setattr(script, "LOGGING_STEPS", 1)
     options = ("--steps", 4, "--rows", 4, "--max-length", 180, "--test-size", 0.2)
     options += ("--only", "rate 3e-3", "cosine", "--output-dir", tmp_path / "out")
-    (table,) = tables(run_tool(ablation, model, few_rows, *options))
+    (table,) = tables(run_tool(ablation, MICRO, few_rows, *options))
     assert [line[0] for line in table] == ["untouched model", "learning rate 3e-3", "cosine schedule at 3e-3"]
 
     assert len(scored) == 5 + 2 * 4  # the untouched model, which is measured once, and two variants

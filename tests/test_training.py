@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pandas
 import pytest
 import torch
-from conftest import ONE_STEP, SHORT_RUN, TINY, read, set_constants
+from conftest import MICRO, ONE_STEP, SHORT_RUN, TINY, load_tiny, read, set_constants
 from safetensors.torch import save_file
 
 import finetune_medical_gpt2 as script
@@ -33,10 +33,9 @@ def test_labels_are_the_tokens_that_the_loss_is_over(on_prompt, labels):
 
 
 @pytest.mark.parametrize("on_prompt", [True, False])
-def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, monkeypatch, tiny, few_rows, on_prompt):
+def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, monkeypatch, few_rows, on_prompt):
     length = 224  # cuts some of the rows
-    changes = {**ONE_STEP, "MODEL_NAME": str(TINY), "DATASET_NAME": str(few_rows)}
-    changes |= {"BATCH_SIZE": 8, "MAX_LENGTH": length}
+    changes = {**ONE_STEP, "DATASET_NAME": str(few_rows), "BATCH_SIZE": 8, "MAX_LENGTH": length}
     set_constants(monkeypatch, tmp_path / "out", TRAIN_ON_PROMPT=on_prompt, **changes)
     compute_loss, seen = script.LoRATrainer.compute_loss, []
 
@@ -47,7 +46,7 @@ def test_the_loss_of_a_real_batch_is_over_what_train_on_prompt_says(tmp_path, mo
     monkeypatch.setattr(script.LoRATrainer, "compute_loss", compute_and_note)
     monkeypatch.setattr(script, "choose_hardware", lambda: {"device": "cpu", "precision": "fp32", "name": "a CPU"})
     results = read(script.main())
-    model, tokenizer = tiny
+    model, tokenizer = load_tiny(MICRO)
 
     # a fresh adapter changes nothing, so the first step's loss is the base model's
     nll = tokens = 0
