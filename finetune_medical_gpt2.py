@@ -132,11 +132,12 @@ DEMO_SETTINGS = {
     "DATASET_REVISION": None,
     "LORA_TARGET_MODULES": "all-linear",
     "LORA_DROPOUT": 0.0,  # its random numbers would be half of the time
-    "NUM_EPOCHS": 2,
-    "LEARNING_RATE": 2e-3,  # twice what README advises, as there are only 86 steps
+    "NUM_EPOCHS": 1.5,
+    "LEARNING_RATE": 2e-3,  # twice what README advises, as there are only 65 steps
     "GRADIENT_ACCUMULATION_STEPS": 2,
-    "EVAL_STEPS": 43,
+    "EVAL_STEPS": 33,
     "TRAIN_ON_PROMPT": False,
+    "MAX_NEW_TOKENS": 150,
 }
 HERE = Path(__file__).resolve().parent  # where tests/ is, whatever the current folder
 
@@ -523,15 +524,17 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     with inference(model):
         for start in progress_bar(range(0, len(mine), batch_size), desc="scoring"):
             batch = mine[start : start + batch_size]
+            # -100 is padding: the model sees a 0 there, under the mask, and its loss is 0
             tensors = [torch.tensor(row.ids or [-100]) for _, row in batch]
             ids = pad(tensors, -100, pad_to_multiple_of=pad_multiple(model, max_length)).to(model.device)
             logits = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False).logits
             for (i, row), row_logits, row_ids in zip(batch, logits, ids, strict=True):
-                # losses[t] is that of token t + 1, as the first is not predicted; in the padding it is 0
+                # losses[t] is that of token t + 1, as the first is not predicted
                 losses = cross_entropy(row_logits[:-1].float(), row_ids[1:], reduction="none").cpu().double()
+                whole_row = [losses.sum().item(), len(row.ids[1:])]
                 first = max(row.first, 1)
                 answer = [losses[first - 1 :].sum().item(), len(row.ids[first:]), row.answer_bytes]
-                lines.append([i, losses.sum().item(), len(row.ids[1:]), *answer])
+                lines.append([i, *whole_row, *answer])
 
     columns = ["row", "nll", "tokens", "answer_nll", "answer_tokens", "answer_bytes"]
     scores = pandas.DataFrame(sorted(gather_object(lines)), columns=columns, dtype=float)
@@ -611,7 +614,7 @@ def score_facts(model, tokenizer, facts):
     # the four rows of a fact share their beginning, so their NLL differs by the endings alone
     rows = [f"{fact['begins']} {ending}." for fact in facts for ending in (*fact["wrong"], fact["right"])]
     nll = score_rows(model, tokenizer, rows, max_length=512, batch_size=32).nll.to_numpy().reshape(-1, 4)
-    return (nll.argmin(axis=1) == 3).tolist()  # of a tie, argmin gives the first
+    return (nll.argmin(axis=1) == 3).tolist()  # the right ending is the last, so a tie is no right answer
 
 
 def measure(model, tokenizer, cfg, train, held_out, encoded=()):
@@ -866,7 +869,8 @@ class LoRATrainer(SFTTrainer):
     """SFTTrainer that logs validate(), a dict of losses, and on a CPU takes the model's own loss."""
 
     def compute_loss(self, *args, **kwargs):
-        if self.args.use_cpu:  # TRL's loss, which saves memory on a GPU, is slow on a CPU: go past it, to the Trainer's
+        if self.args.use_cpu:
+            # TRL's loss, which saves memory on a GPU, is slow on a CPU: go past it, to the Trainer's
             return super(SFTTrainer, self).compute_loss(*args, **kwargs)
         return super().compute_loss(*args, **kwargs)
 
@@ -963,13 +967,15 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
     )
     trainer.validate = validate
     trainer.remove_callback(transformers.PrinterCallback)  # it would print dicts
+    # the newest checkpoint by its step, not by its name or time, as a user may have copied some
     whole = on_first(lambda: [path for path in run.glob("checkpoints/checkpoint-*") if is_whole(path)])
     newest = max(whole, key=lambda path: load_json(path / "trainer_state.json")["global_step"], default=None)
     trainer.train(resume_from_checkpoint=newest)
     lines.bar.close()
     if trainer.args.should_save:
         lora = model.peft_config["default"]
-        if lora.revision:  # from the Hub: the adapter names its base as the user does, not by a folder of its cache
+        if lora.revision:
+            # a model of the Hub: the adapter names it as the user does, not by a folder of the Hub's cache
             lora.base_model_name_or_path = cfg.MODEL_NAME
         # without the embeddings: no adapter here changes them, and PEFT would ask the Hub about them
         model.save_pretrained(run / "adapter", save_embedding_layers=False)
@@ -1270,7 +1276,8 @@ def check_fit(cfg, model, tokenizer, encoded, held_out):
     rows = encoded + encode(tokenizer, held_out, cfg.MAX_LENGTH)
     if all(row.first == len(row.ids) for row in rows):
         raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
-    if max(tokenizer.eos_token_id, *(max(row.ids) for row in rows)) >= model.get_input_embeddings().num_embeddings:
+    largest = max(tokenizer.eos_token_id, *(max(row.ids) for row in rows))
+    if largest >= model.get_input_embeddings().num_embeddings:
         raise InputError("MODEL_NAME: the tokenizer knows tokens without an embedding: resize_token_embeddings?")
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
         say("warning: the rows don't start like PROMPT, so questions are asked in a form that isn't trained")
@@ -1372,14 +1379,15 @@ def main(demo=False):
 
     # Model and data: from here on they are on this disk, and the Hub is left alone.
     (model_path, commit), (data_path, data_commit), is_fallback = find_inputs(cfg, demo)
-    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; hardware: {hardware}")
+    machine = ", ".join(f"{name} {value}" for name, value in hardware.items())
+    say(f"{cfg.MODEL_NAME} on {cfg.DATASET_NAME}; {machine}")
     texts = read_texts(data_path)
     train, held_out, counts = split_texts(texts, cfg.TEST_SIZE, cfg.SEED, cfg.DROP_EMPTY_ANSWERS)
     train, held_out = train["text"][:], held_out["text"][:]  # as lists
     tokenizer = load_tokenizer(model_path)
     encoded = encode(tokenizer, train, cfg.MAX_LENGTH, end=True)
     counts["truncated_train_rows"] = sum(row.ids[-1] != tokenizer.eos_token_id for row in encoded)
-    say(f"data: {counts}")
+    say("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
 
     # A finished run is left alone; one that was interrupted, or has other questions now, resumes in its folder.
     run = run_folder(cfg, model_path, commit, train, held_out)

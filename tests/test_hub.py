@@ -133,6 +133,8 @@ def visits(tmp_path_factory):
         **SHORT_RUN,
         **{name: value for name, value in ONE_STEP.items() if name.isupper()},
         "MAX_LENGTH": 192,
+        "MAX_STEPS": 2,
+        "LOGGING_STEPS": 1,  # so there is a checkpoint, for which nothing is asked of the Hub, either
         "MODEL_NAME": "some/model",
         "DATASET_NAME": "some/data",
         "OUTPUT_DIR": str(folder / "out"),
@@ -151,7 +153,7 @@ def visits(tmp_path_factory):
 def test_model_and_data_are_taken_from_the_hub_and_their_commits_noted(visits):
     results = visits.results
     assert not results["offline_fallback"]
-    assert results["training"]["steps"] == 1
+    assert results["training"]["steps"] == 2
     assert (results["model"], results["model_revision"]) == ("some/model", COMMIT)
     assert (results["dataset"], results["dataset_revision"]) == ("some/data", COMMIT)
     assert results["data"]["rows"] == len(FEW_LINES)
