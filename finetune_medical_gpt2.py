@@ -5,14 +5,15 @@
     torchrun --nproc_per_node=N finetune_medical_gpt2.py    # several processes: data parallel
 
 Start reading at `main`, at the end of the file. It measures the base model, fine-tunes it with LoRA through TRL's
-SFTTrainer, measures the saved adapter with the same functions, asks both five questions, and writes OUTPUT_DIR/<run>/
-with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it resumes. If the
-Hugging Face Hub can't be reached and its cache is empty, it runs the demo instead, and says so.
+SFTTrainer, measures the saved adapter with the same functions, asks both models the same questions, and writes
+OUTPUT_DIR/<run>/ with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it
+resumes. If the Hugging Face Hub can't be reached and the model or the data set isn't cached, it runs the demo instead,
+and says so.
 
-Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 139
-tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 18.52 in five
-minutes. It redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of what the
-models write is medical advice.
+Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 127
+tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.53 in four
+and a half minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference"
+below. None of what the models write is medical advice.
 """
 
 import argparse
@@ -76,7 +77,9 @@ from trl.trainer.utils import pad
 
 # Model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
-MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its commit on the Hub; None: the newest, or local
+MODEL_REVISION = (
+    "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its commit on the Hub; None: the newest, or a local folder
+)
 DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or .jsonl, .json, .csv, .parquet
 DATASET_REVISION = None  # None: the newest; results.json says which that was
 TEST_SIZE = 0.1  # share of the rows that is held out, drawn at random
@@ -95,12 +98,12 @@ LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or
 NUM_EPOCHS = 1  # times that every training row is seen
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
 LEARNING_RATE = 1e-4  # the reference's; README says what higher ones do
-BATCH_SIZE = 4  # rows per process and forward pass (large models on a CPU: 1)
-GRADIENT_ACCUMULATION_STEPS = 4  # a step sees BATCH_SIZE x this x processes rows
+BATCH_SIZE = 4  # rows per process and forward pass; a large model on a CPU takes one at a time, and as many a step
+GRADIENT_ACCUMULATION_STEPS = 4  # rows of an optimizer step: BATCH_SIZE x this x processes
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises; then it falls to 0
-MAX_GRAD_NORM = 0.3  # longer gradients are shortened to it; 0: never
-LOGGING_STEPS = 10  # steps from one line with the training loss, and one checkpoint, to the next
-EVAL_STEPS = 100  # steps from one validation, on all held-out rows, to the next
+MAX_GRAD_NORM = 0.3  # gradients with a larger norm are clipped to it; 0: no clipping
+LOGGING_STEPS = 10  # every so many steps: a line with the training loss, and a checkpoint
+EVAL_STEPS = 100  # every so many steps: validation on all held-out rows
 TRAIN_ON_PROMPT = True  # False: the loss sees the answers only
 BASE_DROPOUT = 0.0  # the base model's own dropouts; None: as its config says (GPT-2: 0.1, slower)
 GRADIENT_CHECKPOINTING = False  # True: less memory, a third more time
@@ -113,8 +116,8 @@ QUESTIONS = {
     "Cachexia": "What is Cachexia, and how does it affect the body?",
     "Botulism": "Explain the causes, symptoms, and treatment of Botulism.",
 }
-MAX_NEW_TOKENS = 250  # an answer's longest
-TEMPERATURE = 0.7  # below 1 likely tokens become likelier still; 0: greedy
+MAX_NEW_TOKENS = 250  # tokens of an answer at most
+TEMPERATURE = 0.7  # below 1, likely tokens become likelier; 0: always the likeliest token
 
 # Output
 OUTPUT_DIR = "outputs"  # each run gets a folder of its own in it
@@ -131,18 +134,17 @@ DEMO_SETTINGS = {
     "DATASET_NAME": "tests/medical_terms.jsonl",
     "DATASET_REVISION": None,
     "LORA_TARGET_MODULES": "all-linear",
-    "LORA_DROPOUT": 0.0,  # its random numbers would be half of the time
+    "LORA_DROPOUT": 0.0,  # drawing its random numbers would take half of the time
     "NUM_EPOCHS": 1.5,
     "LEARNING_RATE": 2e-3,  # twice what README advises, as there are only 65 steps
     "GRADIENT_ACCUMULATION_STEPS": 2,
     "EVAL_STEPS": 33,
     "TRAIN_ON_PROMPT": False,
-    "MAX_NEW_TOKENS": 150,
 }
 HERE = Path(__file__).resolve().parent  # where tests/ is, whatever the current folder
 
-# The form of a row: the prompt, which ends with ANSWER_MARK, an answer, and END_MARK. A column `text` must already be
-# in this form: if you edit PROMPT, edit those rows, too.
+# A row is the prompt (it ends with ANSWER_MARK), the answer and END_MARK. Rows in a column `text` must already look
+# like that: if you edit PROMPT, edit them, too.
 ANSWER_MARK = "[/INST]"
 END_MARK = "</s>"
 PROMPT = (
@@ -164,7 +166,10 @@ class InputError(ValueError):
 
 
 def on_first(function):
-    """Run `function` on the main process only; return its result, or raise its error, on all of them."""
+    """Run `function` on the main process only; return its result on all of them, or raise its error there.
+
+    Of an error that can't be sent to the other processes they raise a description, as a RuntimeError.
+    """
     result = error = None
     if PartialState().is_main_process:
         try:
@@ -174,8 +179,10 @@ def on_first(function):
     # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
     can_travel = isinstance(error, InputError | ConnectionError | torch.OutOfMemoryError | None)
     result, sent = broadcast_object_list([result, error if can_travel else RuntimeError(repr(error))])
+    if error:
+        raise error  # here with its traceback
     if sent:
-        raise error or sent
+        raise sent
     return result
 
 
@@ -188,14 +195,16 @@ def say(message):
 
 def progress_bar(items=None, **options):
     """A tqdm bar on the main process, if its output is a terminal."""
-    # disable=None: tqdm hides the bar if there is no terminal
-    return tqdm(items, leave=False, dynamic_ncols=True, disable=not PartialState().is_main_process or None, **options)
+    hidden = None if PartialState().is_main_process else True  # None: tqdm hides it if there is no terminal
+    return tqdm(items, leave=False, dynamic_ncols=True, disable=hidden, **options)
 
 
 def reason(error):
     """The first line of an error's innermost cause: libraries wrap the reason in general words."""
-    while cause := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+    cause = error
+    while cause is not None:
         error = cause
+        cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -218,7 +227,7 @@ def load_json(path):
 
 
 class Progress:
-    """What a run has done so far, stage by stage, in one JSON file: no stage is done twice.
+    """What a run has done so far, in one JSON file. A stage is done again only if what it depends on has changed.
 
     Makes the run's folder, and keeps other processes out of it. Raises InputError if another one is using it, or if
     the run is finished but the files that new questions need are gone.
@@ -236,6 +245,7 @@ class Progress:
         except filelock.Timeout as error:
             raise InputError(f"another process is using {run}: wait for it to finish") from error
         stages = load_json(self.path) or {}
+        # without a saved adapter all that follows the baseline must be done again
         if not (run / "adapter/adapter_model.safetensors").exists():
             stages = {"before": stages.get("before", {})}
         if load_json(run / "results.json") and "training" not in stages:
@@ -243,7 +253,10 @@ class Progress:
         return stages
 
     def stage(self, name, make, **depends_on):
-        """Return make(), or its result from an earlier start if `depends_on` is unchanged; call it on all processes."""
+        """Return make(), or its result from an earlier start if `depends_on` is unchanged.
+
+        All processes must call it.
+        """
         if self.stages.get(name, {}).get("depends_on") != depends_on:
             began = time.monotonic()
             result = make()
@@ -297,7 +310,7 @@ def fetch(kind, name, revision=None):
     if kind == "model":  # its repository often holds the same weights in several formats
         hub |= {"allow_patterns": ["*.json", "*.safetensors", "*.txt"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        # the revision as the user gave it: the cache remembers which commit it stood for
+        # by the user's revision, not by the commit: without the Hub the cache knows which commit it stood for
         folder = Path(huggingface_hub.snapshot_download(**hub))
     except Exception as error:
         if unreachable:
@@ -311,11 +324,12 @@ def fetch(kind, name, revision=None):
 def load_tokenizer(folder):
     """The tokenizer in a model's folder, with a padding token. Raises InputError if it won't do."""
     try:
-        eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token  # GPT-2's is in its class only
+        # GPT-2's files name no EOS, but its tokenizer class does
+        eos = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token
         if eos is None:
             raise ValueError("it names no end-of-sequence token")
         # AutoTokenizer builds some tokenizers anew from their vocabulary; this one takes tokenizer.json as it is.
-        # EOS is safe as padding: no loss looks at a padding token's id, only at labels of -100.
+        # EOS can serve as padding: padding has the label -100, which no loss counts.
         return PreTrainedTokenizerFast.from_pretrained(folder, eos_token=eos, pad_token=eos)
     except Exception as error:
         raise InputError(f"MODEL_NAME: {folder} has no usable tokenizer.json: {reason(error)}") from error
@@ -324,7 +338,7 @@ def load_tokenizer(folder):
 def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     """A frozen causal LM from safetensors, without remote code, made fast for its device.
 
-    `dropout` replaces all dropouts that the model's config names at its top. Raises InputError.
+    `dropout` replaces all dropouts at the top level of the model's config. Raises InputError.
     """
     if (folder / "adapter_config.json").exists():
         raise InputError(f"MODEL_NAME: {folder} also holds an adapter, which would be loaded too: merge or move it")
@@ -350,7 +364,7 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     missing = loaded["missing_keys"]  # transformers makes them up at random, and only warns
     if missing:
         raise InputError(f"MODEL_NAME: {folder} lacks {len(missing)} of the model's weights, such as {min(missing)}")
-    model.loss_type = "ForCausalLM"  # which transformers reads from class names, but not from GPT-2's
+    model.loss_type = "ForCausalLM"  # transformers takes it from the class's name, but not from GPT2LMHeadModel
     model.size = model.num_parameters()  # before speed_up unties the head
     return speed_up(model.requires_grad_(False).to(device), precision)
 
@@ -390,16 +404,16 @@ def read_texts(path):
         raise InputError(f"DATASET_NAME: {path} can't be read: {reason(error)}") from error
     for pair in (["question", "answer"], ["prompt", "completion"]):
         if set(pair) <= set(table):
-            return [
-                f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}"
-                if isinstance(question, str) and isinstance(answer, str)
-                else None  # which is malformed
-                for question, answer in table[pair].to_numpy()
-            ]
+            texts = []
+            for question, answer in table[pair].to_numpy():
+                are_texts = isinstance(question, str) and isinstance(answer, str)
+                row = f"{format_prompt(question.strip())} {answer.strip()} {END_MARK}" if are_texts else None
+                texts.append(row)  # split_texts counts None as malformed
+            return texts
     if "text" in table:
         return table["text"].tolist()
     raise InputError(
-        f"DATASET_NAME: {path} needs columns `question` and `answer`, or `text`; "
+        f"DATASET_NAME: {path} needs columns `question` and `answer`, `prompt` and `completion`, or `text`; "
         f"it has {', '.join(map(str, table))[:200] or 'none'}"
     )
 
@@ -413,7 +427,7 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
     """Read, clean, shuffle and split a data set -> (train, test, stats).
 
     `source` is a Hub id or a local .jsonl, .json, .csv or .parquet file (also .gz); train and test are datasets with a
-    column `text`; stats are the counts of rows. Raises as `fetch` does.
+    column `text`; stats are the counts of rows. Raises InputError, and ConnectionError as `fetch` does.
     """
     path, _ = fetch("dataset", str(source), revision)
     return split_texts(read_texts(path), test_size, seed, drop_empty)
@@ -421,13 +435,14 @@ def load_splits(source, revision=None, *, test_size, seed, drop_empty=True):
 
 def split_texts(texts, test_size, seed, drop_empty):
     """Clean, shuffle and split texts -> (train, test, stats), as `load_splits` returns them."""
-    # one question and one answer, and no half of a surrogate pair, which JSON allows and tokenizers reject
+    # exactly one question and answer; no half of a surrogate pair, which JSON allows but tokenizers reject
     sound = [
         text
         for text in texts
         if isinstance(text, str) and text.count(ANSWER_MARK) == 1 and not re.search("[\ud800-\udfff]", text)
     ]
-    # Duplicates go before the split, so that no row is on both sides. Spaces, line ends and Unicode forms don't count.
+    # Duplicates are dropped before the split, so that no row is on both sides. They may differ in spaces, line ends
+    # and Unicode form.
     unique = {}  # a dict keeps the order; a set would change the split from run to run
     for text in sound:
         unique.setdefault(" ".join(unicodedata.normalize("NFC", text).split()), text)
@@ -454,7 +469,7 @@ class Row(NamedTuple):
     """A text as a model sees it."""
 
     ids: list  # of the tokens
-    first: int  # index of the answer's first token; len(ids) if there is none
+    answer_start: int  # index of the answer's first token; len(ids) if there is none
     answer_bytes: int  # UTF-8 length of the part of the answer that the ids cover
 
 
@@ -467,7 +482,7 @@ def leading_ids(tokenizer):
 def encode(tokenizer, texts, max_length=None, end=False):
     """Texts as Rows of at most `max_length` tokens; with `end`, EOS follows a text that isn't cut.
 
-    A tokenizer's leading tokens come first, once. All else that it would add, cut or pad by itself is off.
+    A tokenizer's leading tokens come first, once. It adds nothing else, and neither cuts nor pads.
     """
     if not texts:
         return []
@@ -483,11 +498,13 @@ def encode(tokenizer, texts, max_length=None, end=False):
             ids += [tokenizer.eos_token_id]
         ids, offsets = ids[:max_length], offsets[:max_length]
 
-        # the answer's first token is the first that starts at or after the end of [/INST]
-        begin = len(text) - len(text.partition(ANSWER_MARK)[2])
-        first = sum(low < begin for low, _ in offsets)
-        covered = offsets[-1][1] if offsets else 0  # characters
-        rows.append(Row(ids, first, len(text[begin:covered].encode())))
+        # offsets and `begin` count characters; without a mark the answer begins at the text's end
+        prompt, mark, _ = text.partition(ANSWER_MARK)
+        begin = len(prompt) + len(mark)
+        # the answer's tokens are those that start at or after the end of [/INST]
+        answer_start = sum(low < begin for low, _ in offsets)
+        covered = offsets[-1][1] if offsets else 0
+        rows.append(Row(ids, answer_start, len(text[begin:covered].encode())))
     return rows
 
 
@@ -514,7 +531,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     """
     rows = encode(tokenizer, texts, max_length)
     if shown:
-        rows = [Row(shown.ids + row.ids, len(shown.ids) + row.first, row.answer_bytes) for row in rows]
+        rows = [Row(shown.ids + row.ids, len(shown.ids) + row.answer_start, row.answer_bytes) for row in rows]
 
     # Rows of similar length share a batch, for little padding. The longest come first: if memory is too small, the
     # first batch tells.
@@ -529,16 +546,16 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
             ids = pad(tensors, -100, pad_to_multiple_of=pad_multiple(model, max_length)).to(model.device)
             logits = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0, use_cache=False).logits
             for (i, row), row_logits, row_ids in zip(batch, logits, ids, strict=True):
-                # losses[t] is that of token t + 1, as the first is not predicted
+                # losses[t] is that of token t + 1: nothing predicts the first
                 losses = cross_entropy(row_logits[:-1].float(), row_ids[1:], reduction="none").cpu().double()
                 whole_row = [losses.sum().item(), len(row.ids[1:])]
-                first = max(row.first, 1)
+                first = max(row.answer_start, 1)
                 answer = [losses[first - 1 :].sum().item(), len(row.ids[first:]), row.answer_bytes]
                 lines.append([i, *whole_row, *answer])
 
     columns = ["row", "nll", "tokens", "answer_nll", "answer_tokens", "answer_bytes"]
     scores = pandas.DataFrame(sorted(gather_object(lines)), columns=columns, dtype=float)
-    # checked after all processes have scored theirs, so that all end alike
+    # checked after all processes have scored their rows, so that all of them stop
     for i, nll in enumerate(scores.nll):
         if not math.isfinite(nll):
             raise InputError(
@@ -561,18 +578,18 @@ def summarize_scores(scores):
     The answer figures are None if no answer was scored.
     """
     total = scores.sum()
-    first_rows = scores.head(100)
+    first_rows = scores.head(100)  # as many as the reference scored
     summary = {
         "answer": None,
         "answer_ci95": None,
         "full_text": math.exp(total.nll / total.tokens),
-        "reference_protocol": math.exp((first_rows.nll / first_rows.tokens).mean()),  # a mean of means
+        "reference_protocol": math.exp((first_rows.nll / first_rows.tokens).mean()),  # of the rows' means
         "bits_per_byte": None,
         "tokens": int(total.tokens),
         "answer_tokens": int(total.answer_tokens),
     }
     if total.answer_tokens:
-        # a row's loss and its tokens are drawn together, so a long row weighs more in both
+        # a row's loss and its number of tokens are drawn together
         answered = scores[scores.answer_tokens > 0]
         summary["answer"] = math.exp(total.answer_nll / total.answer_tokens)
         summary["answer_ci95"] = np.exp(bootstrap_ci95(answered.answer_nll, answered.answer_tokens)).tolist()
@@ -620,7 +637,7 @@ def score_facts(model, tokenizer, facts):
 def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     """All that is measured before and after alike -> a dict that JSON can hold, for `compare`.
 
-    If `encoded`, the training rows, is given: also the answers' perplexity with one of those rows shown first.
+    `encoded`, the training rows: if given, one of them is shown before the held-out rows, which are scored once more.
     """
     score = functools.partial(score_rows, model, tokenizer, max_length=cfg.MAX_LENGTH, batch_size=cfg.BATCH_SIZE)
     scores = score(held_out)
@@ -639,7 +656,7 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     room = context_length(model) - cfg.MAX_LENGTH
     shown = next((row for row in encoded if len(row.ids) <= room), None)
     if shown:
-        # only SAMPLE_ROWS are scored so: their mean change in loss is added to the loss of all
+        # an estimate: the mean change in loss on SAMPLE_ROWS rows is added to the mean loss of all
         alone = scores.head(SAMPLE_ROWS).sum()
         change = score(held_out[:SAMPLE_ROWS], shown=shown).answer_nll.sum() - alone.answer_nll
         measured["shown_one_row"] = perplexity["answer"] * math.exp(change / alone.answer_tokens)
@@ -657,11 +674,11 @@ def compare(before, after):
         "shown_one_row": before["shown_one_row"],
         "trained": both("trained"),
         "everyday": both("everyday"),
-        "prompt_share": 1 - answer_fall / fall if fall > 0 else None,  # of the fall in NLL over all tokens
+        "prompt_share": 1 - answer_fall / fall if fall > 0 else None,  # of the fall in loss
     }
     facts = None
     if before["facts"]:
-        change = np.subtract(after["facts"], before["facts"], dtype=float)  # each fact is compared with itself
+        change = np.subtract(after["facts"], before["facts"], dtype=float)  # 1: newly right, -1: newly wrong
         facts = {
             "count": len(change),
             "before": np.mean(before["facts"]),
@@ -690,7 +707,7 @@ def generate_answers(model, tokenizer, questions, *, max_new_tokens, temperature
                 torch.tensor([prompt.ids], device=model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=temperature > 0,
-                temperature=float(temperature) or None,  # at 0, greedily, there is none
+                temperature=float(temperature) or None,  # greedy decoding takes none
                 top_k=50,
                 eos_token_id=tokenizer.eos_token_id,
                 stop_strings=[END_MARK],  # in GPT-2's vocabulary it is not one token
@@ -715,7 +732,7 @@ def answer_stats(text):
 
 
 def where_seen(topic, train, held_out):
-    """Where a question of the rows names a topic: "trained on", "held out" or "not in the data"."""
+    """Which rows have a question that names the topic: "trained on", "held out" or "not in the data"."""
     names_topic = re.compile(rf"(?<!\w){re.escape(topic)}(?!\w)", re.IGNORECASE).search
     system_prompt = PROMPT.split("{question}")[0]
     for seen, texts in (("trained on", train), ("held out", held_out)):
@@ -738,6 +755,7 @@ def ask_both(model, tokenizer, cfg, train, held_out):
     with model.disable_adapter():
         before = ask()
     after = ask()
+    # the report's snippet adds no special tokens, so the prompt begins with BOS, once, if the tokenizer has one
     leading = tokenizer.decode(leading_ids(tokenizer))
     return [
         {
@@ -797,7 +815,7 @@ def speed_up(model, precision):
 def choose_hardware():
     """The device, precision and name of this machine, as a dict; on a CPU, threads and allocator are set, too.
 
-    bf16 only where the hardware multiplies in it: emulated, it is slower than fp32. Raises InputError.
+    bf16 only where the hardware multiplies in it: emulated, it is slower than fp32. Old GPUs: fp16. Raises InputError.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if torch.cuda.is_available():
@@ -841,8 +859,8 @@ class StepLines(transformers.TrainerCallback):
         self.seconds += time.perf_counter() - self.started
         self.bar.update()
         if state.global_step >= state.max_steps:
-            # No checkpoint and no validation here: the adapter is saved and scored right after the last step, and
-            # resuming from a checkpoint of it would train one step too many.
+            # The adapter is saved and scored right after the last step. A checkpoint of that step would, when resumed
+            # from, train one step too many.
             control.should_log = True
             control.should_evaluate = control.should_save = False
 
@@ -853,7 +871,7 @@ class StepLines(transformers.TrainerCallback):
             raise InputError(f"LEARNING_RATE: the training loss is not finite by step {state.global_step}; lower it")
         losses = [f"{name} {logs[name]:.3f}" for name in ("loss", "eval_loss", "eval_answer_loss") if name in logs]
         if losses:
-            left = self.seconds * (state.max_steps / state.global_step - 1)
+            left = self.seconds / state.global_step * (state.max_steps - state.global_step)
             say(
                 f"step {state.global_step:>4}/{state.max_steps}  {'  '.join(losses)}  "
                 f"{state.num_input_tokens_seen / self.seconds:,.0f} tokens/s, {tqdm.format_interval(left)} left"
@@ -884,6 +902,7 @@ def is_whole(checkpoint):
     archives = list(checkpoint.glob("*.pt*"))  # optimizer, scheduler, each process's random state; in fp16 the scaler
     try:
         safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+        # torch saves zip archives; testzip() names a damaged file in one
         damaged = [path for path in archives if zipfile.ZipFile(path).testzip()]
         json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
     except Exception:  # whatever the libraries raise for what is missing or torn
@@ -896,11 +915,12 @@ def add_adapter(model, lora, seed):
     transformers.set_seed(seed)  # LoRA's A is random
     try:
         model = get_peft_model(model, lora)
-        # PEFT complains only if no target matches; a str is a pattern
-        for target in [] if isinstance(lora.target_modules, str) else lora.target_modules:
+        # PEFT has filled in its default by now; it complains only if no target matches at all. A str is a pattern.
+        targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+        for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
-        if hasattr(model.get_output_embeddings(), "lora_A"):  # TRL says so only after the baseline
+        if hasattr(model.get_output_embeddings(), "lora_A"):  # TRL refuses it, too, but after the baseline
             raise ValueError("an adapter of the LM head can't be trained")
     except (ValueError, re.error) as error:
         raise InputError(f"LORA_TARGET_MODULES: {reason(error)}") from error
@@ -911,8 +931,8 @@ def training_data(encoded, on_prompt):
     """Rows as the Trainer takes them: input_ids, and labels, which are -100 where no loss is taken."""
     rows = []
     for row in encoded:
-        first = 0 if on_prompt else row.first
-        rows.append({"input_ids": row.ids, "labels": [-100] * first + row.ids[first:]})
+        start = 0 if on_prompt else row.answer_start
+        rows.append({"input_ids": row.ids, "labels": [-100] * start + row.ids[start:]})
     return datasets.Dataset.from_list(rows)
 
 
@@ -935,7 +955,7 @@ def training_config(cfg, hardware, model, run):
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=cfg.EVAL_STEPS,
-        save_steps=cfg.LOGGING_STEPS,  # when logging: so resuming loses no losses
+        save_steps=cfg.LOGGING_STEPS,  # at every line of the log, so that a resumed run has all its losses
         disable_tqdm=True,  # StepLines has its own bar
         report_to=cfg.REPORT_TO,
         include_num_input_tokens_seen="non_padding",  # tokens/s must not rise with padding
@@ -995,7 +1015,7 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         "total_parameters": trainable + model.size,
         "log_history": [
             # fp16 may scale a gradient to infinity, which JSON does not know
-            {name: entry[name] for name in names if math.isfinite(entry.get(name, math.inf))}
+            {name: entry[name] for name in names if name in entry and math.isfinite(entry[name])}
             for entry in trainer.state.log_history[:-1]  # the last is the Trainer's summary
         ],
     }
@@ -1003,6 +1023,7 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
         name: importlib.metadata.version(name)
         for name in ("torch", "transformers", "datasets", "peft", "trl", "accelerate")
     }
+    # hardware and versions of the training: a later start may have others
     return {"training": training, "hardware": hardware, "versions": versions}
 
 
@@ -1015,12 +1036,12 @@ def result_table(results):
     before, after = perplexity["before"], perplexity["after"]
     table = []
 
-    def add(label, before, after):
-        table.append([label, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.0%}"])
+    def add(label, old, new):
+        table.append([label, f"{old:.2f}", f"{new:.2f}", f"{new / old - 1:+.0%}"])
 
     add("Answers, held-out articles", before["answer"], after["answer"])
-    with_interval = "{answer:.2f} ({answer_ci95[0]:.2f} to {answer_ci95[1]:.2f})"
-    table[0][1:3] = with_interval.format(**before), with_interval.format(**after)
+    for column, scores in ((1, before), (2, after)):
+        table[0][column] += " ({:.2f} to {:.2f})".format(*scores["answer_ci95"])
     if perplexity["shown_one_row"]:
         shown = f"{perplexity['shown_one_row']:.2f}"
         table.append(["the same, base model shown one training row first", shown, "", ""])
@@ -1075,7 +1096,9 @@ def plot_perplexity(before, after, path, *, trained=None, everyday=None, title="
     table.plot.barh(ax=ax, color=["#999999", "#0072B2"], width=0.8, logx=True, legend=False, fontsize=12)
     for bars, scores in zip(ax.containers, (before, after), strict=True):
         ax.bar_label(bars, fmt=f"{bars.get_label()} %.2f", padding=14, size=13)  # room for the interval
-        ax.hlines(bars[0].get_center()[1], *scores["answer_ci95"], color="black")  # on the first bar
+        ax.hlines(
+            bars[0].get_center()[1], *scores["answer_ci95"], color="black"
+        )  # of the held-out answers, through the first bar
     ax.invert_yaxis()
     ax.set_xlabel("perplexity (log scale; lower is better)")
     ax.set_xlim(left=1)
@@ -1095,8 +1118,8 @@ tags: [lora, sft, trl]
 {% endif %}
 # LoRA fine-tuning of {{ cell(short_name(model)) }} on {{ cell(short_name(dataset)) }}
 
-Perplexity (lower is better) before and after training on {{ data.train_rows }} articles; {{ data.test_rows }} others \
-were held out.
+Before and after training on {{ data.train_rows }} articles; {{ data.test_rows }} others were held out. Perplexity:
+lower is better; facts: higher.
 
 | | before | after | change |
 | --- | ---: | ---: | ---: |
@@ -1116,15 +1139,16 @@ figures are optimistic.
 
 ![Perplexity before and after](perplexity_comparison.png)
 
-At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
-follows the question; in brackets, 95% intervals. **Shown one training row first**: the base model, given an example in
-the prompt. **Training articles**, the first 100 of them: if only these improve, the model learns by heart\
 {% set epochs = training.log_history[-1].epoch %}
-{{ " (it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday text** gets worse, it forgets.
-**Medical facts**: the right ending must be likelier than three wrong ones. **Whole rows** count the prompts too, which
 {% set share = perplexity.prompt_share or 0 %}
-nearly all rows share{{ ": %.1f%% of the fall in loss is on prompts" % (100 * share) if share > 0 }}. The
-**reference protocol** averages the losses of the first 100 whole rows at most.
+At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
+follows the question; in brackets, 95% intervals over the rows. **Shown one training row first**: the base model, given
+an example in the prompt (estimated on 100 rows at most). **Training articles**, the first 100 of them: if only these
+improve, the model learns by heart{{ " (it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday
+text**, on other topics, gets worse, it forgets. **Medical facts**: the right ending must be likelier than three wrong
+ones. **Whole rows** count the prompts too, which nearly all rows share
+{{- ": %.1f%% of the fall in loss is on prompts" % (100 * share) if share > 0 }}. The **reference protocol** averages
+the losses of the first 100 whole rows at most.
 
 ## The answers
 
@@ -1180,7 +1204,7 @@ print(answer.split("</s>")[0])
 
 
 def as_cell(value):
-    """A value as text that stays in its place in Markdown and HTML, whatever it holds: escaped, on one line."""
+    """A value as one line of text that breaks neither a Markdown table nor HTML: <, &, | and backticks are escaped."""
     text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", str(value))  # tabs and control characters
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
@@ -1202,7 +1226,8 @@ def write_report(results, path, *, is_card=False):
 
 def write_results(results, run):
     """Write everything that a run leaves but its adapter; results.json last, as it marks the run as finished."""
-    (run / "results.json").unlink(missing_ok=True)  # of other questions: it must not stand beside the new report
+    # that of an earlier start had other questions: it must not stand beside the new report
+    (run / "results.json").unlink(missing_ok=True)
     perplexity = results["perplexity"]
     title = f"{short_name(results['model'])} on {short_name(results['dataset'])}"
     plot_training_loss(results["training"]["log_history"], run / "training_loss.png", title=title)
@@ -1224,9 +1249,9 @@ def write_results(results, run):
 
 # --- Settings, folder, errors -----------------------------------------------------------------------------------------
 
-# What a number must be, in words -> (allowed types, the rule, the constants).
 NUMBER = int | float
 COUNTS = "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_LENGTH MAX_NEW_TOKENS"
+# What a number must be, in words -> (allowed types, the rule, the constants).
 RULES = {
     "a whole number from 1": (int, lambda n: n >= 1, COUNTS),
     "a whole number from 0": (int, lambda n: 0 <= n < 2**31, "SEED"),
@@ -1240,7 +1265,7 @@ RULES = {
 
 
 def check_settings(cfg):
-    """Raise InputError for the first constant that can't be followed."""
+    """Raise InputError for the first invalid constant; also turn Paths into strings, and make OUTPUT_DIR."""
     for name in ("MODEL_NAME", "DATASET_NAME", "OUTPUT_DIR"):
         setattr(cfg, name, str(getattr(cfg, name)))  # a notebook may set a Path
     for wanted, (types, allows, names) in RULES.items():
@@ -1274,7 +1299,7 @@ def check_fit(cfg, model, tokenizer, encoded, held_out):
     if needed > context_length(model):
         raise InputError(f"MAX_LENGTH, MAX_NEW_TOKENS: {needed} tokens, but the model takes {context_length(model)}")
     rows = encoded + encode(tokenizer, held_out, cfg.MAX_LENGTH)
-    if all(row.first == len(row.ids) for row in rows):
+    if all(row.answer_start == len(row.ids) for row in rows):
         raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
     largest = max(tokenizer.eos_token_id, *(max(row.ids) for row in rows))
     if largest >= model.get_input_embeddings().num_embeddings:
@@ -1286,7 +1311,7 @@ def check_fit(cfg, model, tokenizer, encoded, held_out):
 def hush():
     """Silence what says nothing about this run; all other warnings stay."""
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()  # the Hub's download bars as well
+    transformers.utils.logging.disable_progress_bar()  # this hides the Hub's download bars, too; they come back here:
     huggingface_hub.utils.enable_progress_bars()
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would call home
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
@@ -1295,7 +1320,10 @@ def hush():
 
 
 def find_inputs(cfg, demo):
-    """Model and data on this disk -> (model path, commit), (data path, commit), whether the demo stepped in."""
+    """Model and data on this disk -> (model path, commit), (data path, commit), whether the demo stepped in.
+
+    For the demo, DEMO_SETTINGS are put into `cfg`.
+    """
     try:
         if not demo:
             return (
@@ -1319,7 +1347,7 @@ NOT_TRAINED = (*ASKED, *LOCATIONS, "OUTPUT_DIR", "REPORT_TO", "OFFLINE_FALLBACK"
 
 
 def run_folder(cfg, model_path, commit, train, held_out):
-    """The run's folder: the model's name, and a hash of all that decides the training but the code."""
+    """The run's folder: the model's name, and a hash of settings, prompt, model, rows and number of processes."""
     identity = [
         {name: getattr(cfg, name) for name in SETTINGS if name not in NOT_TRAINED},
         PROMPT,
@@ -1357,7 +1385,7 @@ def one_line_errors():
             raise
         message = f"error: no space left in {OUTPUT_DIR}/: free some and run the same command again"
     # from the environment, as an error may come before the processes know each other
-    if os.environ.get("RANK", "0") == "0" or "memory" in message:
+    if os.environ.get("RANK", "0") == "0" or "GPU memory" in message:  # which any process may run out of
         print(message, file=sys.stderr)
     raise SystemExit(code)
 
@@ -1393,7 +1421,7 @@ def main(demo=False):
     run = run_folder(cfg, model_path, commit, train, held_out)
     asked = {name: getattr(cfg, name) for name in ASKED}
     finished = on_first(lambda: load_json(run / "results.json"))  # the last file that a run writes
-    if finished and asked.items() <= finished["settings"].items():
+    if finished and asked.items() <= finished["settings"].items():  # the same questions
         say(f"already finished: {run}/report.md (to repeat it, move the folder away)")
         return run
 
@@ -1413,7 +1441,7 @@ def main(demo=False):
     progress = Progress(run)
 
     # The baseline, before any training: the adapter is disabled.
-    precision = hardware["precision"]  # of both measurements, should the run resume elsewhere
+    precision = hardware["precision"]  # if the run resumes in another one, both measurements are made again
     with model.disable_adapter():
         before = progress.stage(
             "before", lambda: measure(model, tokenizer, cfg, train, held_out, encoded), precision=precision
@@ -1435,6 +1463,7 @@ def main(demo=False):
         return run
 
     # All figures in one place; the plots, the report and the model card are made from them.
+    # The losses begin with the baseline's and end with the saved adapter's.
     history = trained["training"]["log_history"]
     history.insert(0, {"step": 0, "epoch": 0.0} | mean_losses(before["perplexity"], cfg.TRAIN_ON_PROMPT))
     history[-1] |= mean_losses(after["perplexity"], cfg.TRAIN_ON_PROMPT)
@@ -1452,7 +1481,7 @@ def main(demo=False):
         "answers": answers,
     }
     write_results(results, run)
-    for line in [("perplexity (lower is better)", "before", "after", "change"), *result_table(results)]:
+    for line in [("perplexity: lower is better; facts: higher", "before", "after", "change"), *result_table(results)]:
         say("{:50} {:>22} {:>22}  {}".format(*line))
     say(f"\nEverything is in {run}/; read report.md first.")
     return run

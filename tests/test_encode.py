@@ -83,7 +83,7 @@ def test_of_what_a_tokenizer_does_by_itself_only_its_leading_tokens_take_part(ti
             (plain,) = encode(plain_tokenizer, [text], length - len(leading), end=True)
             (row,) = encode(tokenizer, [text], length, end=True)
             assert row.ids == leading + plain.ids
-            assert row.first == len(leading) + plain.first
+            assert row.answer_start == len(leading) + plain.answer_start
             assert row.answer_bytes == plain.answer_bytes
 
 

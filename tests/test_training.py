@@ -26,7 +26,10 @@ def test_the_tokens_counted_are_those_of_the_rows_without_padding(short_run, tin
     "on_prompt, labels", [(True, [[5, 6, 7, 8], [5, 6, 9]]), (False, [[-100, -100, 7, 8], [-100, -100, -100]])]
 )
 def test_labels_are_the_tokens_that_the_loss_is_over(on_prompt, labels):
-    encoded = [script.Row([5, 6, 7, 8], first=2, answer_bytes=9), script.Row([5, 6, 9], first=3, answer_bytes=0)]
+    encoded = [
+        script.Row([5, 6, 7, 8], answer_start=2, answer_bytes=9),
+        script.Row([5, 6, 9], answer_start=3, answer_bytes=0),
+    ]
     data = script.training_data(encoded, on_prompt)
     assert data["input_ids"][:] == [[5, 6, 7, 8], [5, 6, 9]]
     assert data["labels"][:] == labels
