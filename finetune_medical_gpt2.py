@@ -6,9 +6,8 @@
 
 Start reading at `main`, at the end of the file. It measures the base model, fine-tunes it with LoRA through TRL's
 SFTTrainer, measures the saved adapter with the same functions, asks both models the same questions, and writes
-OUTPUT_DIR/<run>/ with report.md, results.json, two plots and adapter/. If it is killed, run the same command again: it
-resumes. If the Hugging Face Hub can't be reached and the model or the data set isn't cached, it runs the demo instead,
-and says so.
+OUTPUT_DIR/<run>/: report.md, results.json, two plots and adapter/. Killed, it resumes with the same command. If the
+Hugging Face Hub can't be reached and the model or the data set isn't cached, it runs the demo instead, and says so.
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 127
 tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.53 in four
@@ -71,6 +70,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.integrations import get_available_reporting_integrations
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import pad
@@ -166,17 +166,14 @@ class InputError(ValueError):
 
 
 def on_first(function):
-    """Run `function` on the main process only; return its result on all of them, or raise its error there.
-
-    Of an error that can't be sent to the other processes they raise a description, as a RuntimeError.
-    """
+    """Run `function` on the main process only; return its result, or raise its error, on all of them."""
     result = error = None
     if PartialState().is_main_process:
         try:
             result = function()
         except Exception as raised:
             error = raised
-    # Errors are broadcast too, or the other processes would wait for hours. Not every error can be pickled.
+    # Errors are broadcast too, or the other processes would wait for hours. What can't be pickled is described.
     can_travel = isinstance(error, InputError | ConnectionError | torch.OutOfMemoryError | None)
     result, sent = broadcast_object_list([result, error if can_travel else RuntimeError(repr(error))])
     if error:
@@ -253,10 +250,7 @@ class Progress:
         return stages
 
     def stage(self, name, make, **depends_on):
-        """Return make(), or its result from an earlier start if `depends_on` is unchanged.
-
-        All processes must call it.
-        """
+        """Return make(), or its earlier result if `depends_on` is unchanged. All processes must call this."""
         if self.stages.get(name, {}).get("depends_on") != depends_on:
             began = time.monotonic()
             result = make()
@@ -364,7 +358,7 @@ def load_model(folder, device="cpu", precision="fp32", *, dropout=None):
     missing = loaded["missing_keys"]  # transformers makes them up at random, and only warns
     if missing:
         raise InputError(f"MODEL_NAME: {folder} lacks {len(missing)} of the model's weights, such as {min(missing)}")
-    model.loss_type = "ForCausalLM"  # transformers takes it from the class's name, but not from GPT2LMHeadModel
+    model.loss_type = "ForCausalLM"  # so that the Trainer counts no first token, which nothing predicts
     model.size = model.num_parameters()  # before speed_up unties the head
     return speed_up(model.requires_grad_(False).to(device), precision)
 
@@ -441,8 +435,7 @@ def split_texts(texts, test_size, seed, drop_empty):
         for text in texts
         if isinstance(text, str) and text.count(ANSWER_MARK) == 1 and not re.search("[\ud800-\udfff]", text)
     ]
-    # Duplicates are dropped before the split, so that no row is on both sides. They may differ in spaces, line ends
-    # and Unicode form.
+    # Duplicates, but for spaces and Unicode form, are dropped before the split, so that no row is on both sides.
     unique = {}  # a dict keeps the order; a set would change the split from run to run
     for text in sound:
         unique.setdefault(" ".join(unicodedata.normalize("NFC", text).split()), text)
@@ -532,6 +525,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
     rows = encode(tokenizer, texts, max_length)
     if shown:
         rows = [Row(shown.ids + row.ids, len(shown.ids) + row.answer_start, row.answer_bytes) for row in rows]
+        max_length += len(shown.ids)
 
     # Rows of similar length share a batch, for little padding. The longest come first: if memory is too small, the
     # first batch tells.
@@ -552,6 +546,7 @@ def score_rows(model, tokenizer, texts, *, max_length, batch_size=8, shown=None)
                 first = max(row.answer_start, 1)
                 answer = [losses[first - 1 :].sum().item(), len(row.ids[first:]), row.answer_bytes]
                 lines.append([i, *whole_row, *answer])
+            del logits, row_logits  # or they would still take memory in the next forward pass
 
     columns = ["row", "nll", "tokens", "answer_nll", "answer_tokens", "answer_bytes"]
     scores = pandas.DataFrame(sorted(gather_object(lines)), columns=columns, dtype=float)
@@ -820,7 +815,7 @@ def choose_hardware():
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if processes != gpus:  # one process for several would be DataParallel, which SFTTrainer refuses
+        if processes > gpus or processes == 1 < gpus:  # one for several: DataParallel, which SFTTrainer refuses
             raise InputError(
                 f"{processes} process(es) for {gpus} GPU(s): use torchrun --nproc_per_node={gpus}, "
                 "or fewer GPUs with CUDA_VISIBLE_DEVICES"
@@ -884,13 +879,16 @@ class StepLines(transformers.TrainerCallback):
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer that logs validate(), a dict of losses, and on a CPU takes the model's own loss."""
+    """SFTTrainer that logs validate(), a dict of losses, and on a CPU takes the plain loss of the logits."""
 
-    def compute_loss(self, *args, **kwargs):
-        if self.args.use_cpu:
-            # TRL's loss, which saves memory on a GPU, is slow on a CPU: go past it, to the Trainer's
-            return super(SFTTrainer, self).compute_loss(*args, **kwargs)
-        return super().compute_loss(*args, **kwargs)
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.args.use_cpu:
+            return super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        # TRL's loss, which saves memory on a GPU, is slow on a CPU
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
+        return loss * self.accelerator.num_processes  # whose mean DDP takes
 
     def evaluate(self, *args, **kwargs):
         self.log(self.validate())
@@ -907,7 +905,8 @@ def is_whole(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
     except Exception:  # whatever the libraries raise for what is missing or torn
         return False
-    return not damaged and len(archives) >= 2 + PartialState().num_processes
+    needed = [path for path in archives if path.name != "scaler.pt"]
+    return not damaged and len(needed) >= 2 + PartialState().num_processes
 
 
 def add_adapter(model, lora, seed):
@@ -920,8 +919,10 @@ def add_adapter(model, lora, seed):
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in model.targeted_module_names):
                 raise ValueError(f"the model has no module {target!r}")
-        if hasattr(model.get_output_embeddings(), "lora_A"):  # TRL refuses it, too, but after the baseline
-            raise ValueError("an adapter of the LM head can't be trained")
+        # TRL refuses the head, but after the baseline; merging an adapter of embeddings would change a tied head
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if hasattr(module, "base_layer"):
+                raise ValueError("not embeddings or the LM head")
     except (ValueError, re.error) as error:
         raise InputError(f"LORA_TARGET_MODULES: {reason(error)}") from error
     return model
@@ -973,7 +974,9 @@ def fine_tune(cfg, hardware, model, tokenizer, encoded, held_out, run):
 
     def validate():
         size = {"max_length": cfg.MAX_LENGTH, "batch_size": cfg.BATCH_SIZE}
-        return mean_losses(evaluate_perplexity(model, tokenizer, held_out, **size), cfg.TRAIN_ON_PROMPT)
+        # as before and after: the Trainer has put an autocast of its own around the PEFT model
+        perplexity = evaluate_perplexity(model.get_base_model(), tokenizer, held_out, **size)
+        return mean_losses(perplexity, cfg.TRAIN_ON_PROMPT)
 
     data = training_data(encoded, cfg.TRAIN_ON_PROMPT)
     lines = StepLines()
@@ -1093,13 +1096,14 @@ def plot_perplexity(before, after, path, *, trained=None, everyday=None, title="
     }
     table = pandas.DataFrame({label: values for label, values in groups.items() if values}).T
     ax = new_plot(title)
-    table.plot.barh(ax=ax, color=["#999999", "#0072B2"], width=0.8, logx=True, legend=False, fontsize=12)
-    for bars, scores in zip(ax.containers, (before, after), strict=True):
-        ax.bar_label(bars, fmt=f"{bars.get_label()} %.2f", padding=14, size=13)  # room for the interval
-        ax.hlines(
-            bars[0].get_center()[1], *scores["answer_ci95"], color="black"
-        )  # of the held-out answers, through the first bar
+    y = np.arange(len(table))
+    for when, scores, shift, color in (("before", before, -0.2, "#999999"), ("after", after, 0.2, "#0072B2")):
+        bars = ax.barh(y + shift, table[when], 0.4, color=color)
+        ax.bar_label(bars, fmt=f"{when} %.2f", padding=14, size=13)  # room for the interval
+        ax.hlines(shift, *scores["answer_ci95"], color="black")  # of the held-out answers, through the first bar
+    ax.set_yticks(y, table.index, fontsize=12)
     ax.invert_yaxis()
+    ax.set_xscale("log")
     ax.set_xlabel("perplexity (log scale; lower is better)")
     ax.set_xlim(left=1)
     ax.figure.savefig(path, format="png")
@@ -1205,7 +1209,9 @@ print(answer.split("</s>")[0])
 
 def as_cell(value):
     """A value as one line of text that breaks neither a Markdown table nor HTML: <, &, | and backticks are escaped."""
-    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", str(value))  # tabs and control characters
+    text = re.sub(
+        r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e-\u202e\u2066-\u2069]", " ", str(value)
+    )  # tabs, control characters
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 
@@ -1249,18 +1255,18 @@ def write_results(results, run):
 
 # --- Settings, folder, errors -----------------------------------------------------------------------------------------
 
-NUMBER = int | float
+WHOLE, NUMBER = (int,), (int, float)
 COUNTS = "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS LOGGING_STEPS EVAL_STEPS MAX_LENGTH MAX_NEW_TOKENS"
 # What a number must be, in words -> (allowed types, the rule, the constants).
 RULES = {
-    "a whole number from 1": (int, lambda n: n >= 1, COUNTS),
-    "a whole number from 0": (int, lambda n: 0 <= n < 2**31, "SEED"),
-    "-1, or a whole number from 1": (int, lambda n: n == -1 or n >= 1, "MAX_STEPS"),
+    "a whole number from 1": (WHOLE, lambda n: n >= 1, COUNTS),
+    "a whole number from 0": (WHOLE, lambda n: 0 <= n < 2**31, "SEED"),
+    "-1, or a whole number from 1": (WHOLE, lambda n: n == -1 or n >= 1, "MAX_STEPS"),
     "a number above 0": (NUMBER, lambda x: 0 < x < math.inf, "NUM_EPOCHS LEARNING_RATE LORA_ALPHA"),
     "a number from 0": (NUMBER, lambda x: 0 <= x < math.inf, "MAX_GRAD_NORM TEMPERATURE"),
     "a share between 0 and 1, such as 0.1": (NUMBER, lambda x: 0 < x < 1, "TEST_SIZE"),
     "a share from 0 to below 1": (NUMBER, lambda x: 0 <= x < 1, "LORA_DROPOUT WARMUP_RATIO"),
-    "None, or a share from 0 to below 1": (NUMBER | None, lambda x: x is None or 0 <= x < 1, "BASE_DROPOUT"),
+    "None, or a share from 0 to below 1": ((*NUMBER, type(None)), lambda x: x is None or 0 <= x < 1, "BASE_DROPOUT"),
 }
 
 
@@ -1271,7 +1277,7 @@ def check_settings(cfg):
     for wanted, (types, allows, names) in RULES.items():
         for name in names.split():
             value = getattr(cfg, name)
-            if isinstance(value, bool) or not isinstance(value, types) or not allows(value):  # a bool is an int, too
+            if type(value) not in types or not allows(value):  # type(), as True is an int, too
                 raise InputError(f"{name} = {value!r}: must be {wanted}; edit it in the script")
     questions = cfg.QUESTIONS if isinstance(cfg.QUESTIONS, dict) else {}
     if not questions or not all(isinstance(text, str) for pair in questions.items() for text in pair):
@@ -1298,10 +1304,11 @@ def check_fit(cfg, model, tokenizer, encoded, held_out):
     needed = max(cfg.MAX_LENGTH, longest + cfg.MAX_NEW_TOKENS)
     if needed > context_length(model):
         raise InputError(f"MAX_LENGTH, MAX_NEW_TOKENS: {needed} tokens, but the model takes {context_length(model)}")
-    rows = encoded + encode(tokenizer, held_out, cfg.MAX_LENGTH)
-    if all(row.answer_start == len(row.ids) for row in rows):
-        raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
-    largest = max(tokenizer.eos_token_id, *(max(row.ids) for row in rows))
+    held_out_rows = encode(tokenizer, held_out, cfg.MAX_LENGTH)
+    for rows in (encoded[:SAMPLE_ROWS], held_out_rows[:SAMPLE_ROWS]):
+        if all(row.answer_start == len(row.ids) for row in rows):
+            raise InputError(f"MAX_LENGTH = {cfg.MAX_LENGTH}: the prompts alone fill it; raise it")
+    largest = max(tokenizer.eos_token_id, *(max(row.ids) for row in encoded + held_out_rows))
     if largest >= model.get_input_embeddings().num_embeddings:
         raise InputError("MODEL_NAME: the tokenizer knows tokens without an embedding: resize_token_embeddings?")
     if not any(text.startswith(PROMPT.split("{question}")[0]) for text in held_out):
@@ -1320,10 +1327,7 @@ def hush():
 
 
 def find_inputs(cfg, demo):
-    """Model and data on this disk -> (model path, commit), (data path, commit), whether the demo stepped in.
-
-    For the demo, DEMO_SETTINGS are put into `cfg`.
-    """
+    """(model path, commit), (data path, commit), whether the demo stepped in; for the demo, `cfg` is changed."""
     try:
         if not demo:
             return (

@@ -73,7 +73,8 @@ def test_an_impossible_number_ends_with_one_line(expect_error, name, value):
         ("nothing_like_it", {"LORA_TARGET_MODULES": ["nothing_like_it"]}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": []}),
         ("LORA_TARGET_MODULES: ", {"LORA_TARGET_MODULES": "("}),
-        ("LORA_TARGET_MODULES: an adapter of the LM head can't be trained", {"LORA_TARGET_MODULES": ["lm_head"]}),
+        ("LORA_TARGET_MODULES: not embeddings or the LM head", {"LORA_TARGET_MODULES": ["lm_head"]}),
+        ("LORA_TARGET_MODULES: not embeddings or the LM head", {"LORA_TARGET_MODULES": ["c_attn", "wte"]}),
     ],
 )
 def test_another_value_that_will_not_do_ends_with_one_line(expect_error, message, changes):
