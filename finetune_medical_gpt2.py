@@ -9,7 +9,7 @@ SFTTrainer, measures the saved adapter with the same functions, asks both models
 OUTPUT_DIR/<run>/: report.md, results.json, two plots and adapter/. Killed, it resumes with the same command. If the
 Hugging Face Hub can't be reached and the model or the data set isn't cached, it runs the demo instead, and says so.
 
-Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 127
+Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 144
 tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.53 in four
 and a half minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference"
 below. None of what the models write is medical advice.
@@ -407,7 +407,7 @@ def read_texts(path):
     if "text" in table:
         return table["text"].tolist()
     raise InputError(
-        f"DATASET_NAME: {path} needs columns `question` and `answer`, `prompt` and `completion`, or `text`; "
+        f"DATASET_NAME: {path} needs columns `question` and `answer`, or `text`; "
         f"it has {', '.join(map(str, table))[:200] or 'none'}"
     )
 
