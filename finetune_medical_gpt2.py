@@ -372,9 +372,8 @@ def read_table(path):
     if name.endswith(".parquet"):
         return pandas.read_parquet(path).reset_index()  # keep the pandas index as a column
     if name.endswith(".csv"):
-        with warnings.catch_warnings():
-            # Fields beyond the header would be dropped: an article without quotes would end at its first comma.
-            warnings.simplefilter("error", pandas.errors.ParserWarning)
+        # Fields beyond the header would be dropped: an article without quotes would end at its first comma.
+        with warnings.catch_warnings(action="error", category=pandas.errors.ParserWarning):
             # as text: an article that reads "NA" or "007" is neither missing nor a number
             return pandas.read_csv(path, dtype=object, keep_default_na=False, index_col=False)
     content = path.read_bytes() if name == path.name else gzip.decompress(path.read_bytes())
@@ -905,8 +904,7 @@ def is_whole(checkpoint):
         json.loads((checkpoint / "trainer_state.json").read_text())  # the last file that the Trainer writes
     except Exception:  # whatever the libraries raise for what is missing or torn
         return False
-    needed = [path for path in archives if path.name != "scaler.pt"]
-    return not damaged and len(needed) >= 2 + PartialState().num_processes
+    return not damaged and len(archives) >= 2 + PartialState().num_processes + (checkpoint / "scaler.pt").exists()
 
 
 def add_adapter(model, lora, seed):
