@@ -77,9 +77,7 @@ from trl.trainer.utils import pad
 
 # Model and data
 MODEL_NAME = "gpt2"  # any causal LM: Hub id or local folder (safetensors)
-MODEL_REVISION = (
-    "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its commit on the Hub; None: the newest, or a local folder
-)
+MODEL_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"  # its commit on the Hub; None: the newest, or local
 DATASET_NAME = "aboonaji/wiki_medical_terms_llam2_format"  # Hub id, or .jsonl, .json, .csv, .parquet
 DATASET_REVISION = None  # None: the newest; results.json says which that was
 TEST_SIZE = 0.1  # share of the rows that is held out, drawn at random
@@ -1070,12 +1068,12 @@ def new_plot(title):
 @matplotlib.style.context("default")  # the user's matplotlibrc may ask for LaTeX
 def plot_training_loss(log_history, path, *, title="Fine-tuning"):
     """Losses in nats per token over optimizer steps, from the Trainer's log history."""
-    history = pandas.DataFrame(log_history).set_index("step")
     curves = {"loss": "training", "eval_loss": "validation", "eval_answer_loss": "validation, answers alone"}
+    history = pandas.DataFrame(log_history, columns=["step", *curves]).set_index("step")
     ax = new_plot(title)
     for name, label in curves.items():
-        if name in history:
-            losses = history[name].dropna()
+        losses = history[name].dropna()
+        if len(losses):
             ax.plot(losses, "o-", label=f"{label}: {losses.iloc[0]:.2f} to {losses.iloc[-1]:.2f}")
     ax.legend()
     ax.set_xlabel("optimizer step (0: the base model)")
@@ -1155,7 +1153,7 @@ the losses of the first 100 whole rows at most.
 ## The answers
 
 At most {{ settings.MAX_NEW_TOKENS }} tokens, temperature {{ settings.TEMPERATURE }}, seed {{ settings.SEED }}. In \
-brackets: whether a question on the topic was in the training.
+brackets: whether a row with a question on the topic was trained on, held out, or is not in the data.
 
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>
@@ -1207,9 +1205,8 @@ print(answer.split("</s>")[0])
 
 def as_cell(value):
     """A value as one line of text that breaks neither a Markdown table nor HTML: <, &, | and backticks are escaped."""
-    text = re.sub(
-        r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e-\u202e\u2066-\u2069]", " ", str(value)
-    )  # tabs, control characters
+    # all white space but line ends, control characters, and those that turn the direction of writing
+    text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e-\u202e\u2066-\u2069]", " ", str(value))
     return html.escape(text).replace("|", "&#124;").replace("`", "&#96;").replace("\n", "<br>")
 
 

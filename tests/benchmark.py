@@ -36,7 +36,7 @@ REFERENCE, BESIDE = "reference recipe (fp32, stock SFTTrainer)", "the other chec
 TRAINING = {  # what a variant does otherwise than the reference recipe
     REFERENCE: set(),
     "TRL's defaults (bf16 if the hardware has it, gradient checkpointing)": {"bf16", "checkpointing"},
-    "ours": {"bf16", "no dropout", "fused gelu", "allocator", "script"},
+    "ours": {"bf16", "no dropout", "fused gelu", "allocator", "own loss"},
 }
 PIECES = {
     "reference recipe + bf16 where the hardware has it": {"bf16"},
@@ -84,7 +84,7 @@ def make_model(variant, device):
     activation = "gelu_pytorch_tanh" if "fused gelu" in variant else "gelu_new"
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(activation_function=activation, **dropout)).requires_grad_(False).to(device)
-    return script.speed_up(model, "bf16" if "bf16" in variant else "fp32") if "script" in variant else model
+    return script.speed_up(model, "bf16" if "bf16" in variant else "fp32") if "own loss" in variant else model
 
 
 def plain_device():
@@ -125,7 +125,7 @@ def measure_training(variant, steps, texts=None):
     model = make_model(variant, device)
     encoded = script.encode(tokenizer, texts or make_texts(16 * (steps + 1)), 512, end=True)
     rows, trainer_class = 4, SFTTrainer
-    if "script" in variant:
+    if "own loss" in variant:
         trainer_class = script.LoRATrainer
         if device == "cpu" and model.num_parameters() > script.LARGE and "4 x 4" not in variant:
             rows = 1  # as training_config has it
@@ -145,7 +145,7 @@ def measure_training(variant, steps, texts=None):
         disable_tqdm=True,
         include_num_input_tokens_seen="non_padding",
         logging_steps=1000,
-        pad_to_multiple_of=script.pad_multiple(model, 512) if "script" in variant else None,
+        pad_to_multiple_of=script.pad_multiple(model, 512) if "own loss" in variant else None,
     )
     lora = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=32, lora_dropout=0.1, fan_in_fan_out=True)
     clock, data = Clock(), script.training_data(encoded, on_prompt=True)

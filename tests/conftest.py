@@ -69,17 +69,16 @@ SHORT_RUN = {
     "FACTS": first_lines("medical_facts.jsonl", 8),
     "EVERYDAY": first_lines("everyday.jsonl", 2),
 }
-# On top of SHORT_RUN, where it is enough that a run goes through.
-ONE_STEP = {
+# On top of SHORT_RUN, where it is enough that a run goes through; ONE_STEP draws no plots.
+ONE_STEP_DRAWN = {
     "MODEL_NAME": str(MICRO),
     "MAX_STEPS": 1,
     "MAX_LENGTH": 64,
     "QUESTIONS": {"Gout": "What is gout?"},
     "MAX_NEW_TOKENS": 2,
     "SAMPLE_ROWS": 1,
-    "plot_training_loss": no_plot,
-    "plot_perplexity": no_plot,
 }
+ONE_STEP = {**ONE_STEP_DRAWN, "plot_training_loss": no_plot, "plot_perplexity": no_plot}
 
 
 def set_constants(patch, output_dir, **changes):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import loopback_hub
 import pytest
-from conftest import ONE_STEP, SHORT_RUN
+from conftest import ONE_STEP_DRAWN, SHORT_RUN
 from loopback_hub import COMMIT, FEW_LINES
 
 import finetune_medical_gpt2 as script
@@ -131,7 +131,7 @@ def visits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     settings = {
         **SHORT_RUN,
-        **{name: value for name, value in ONE_STEP.items() if name.isupper()},
+        **ONE_STEP_DRAWN,
         "MAX_LENGTH": 192,
         "MAX_STEPS": 2,
         "LOGGING_STEPS": 1,  # so there is a checkpoint, for which nothing is asked of the Hub, either

@@ -37,7 +37,8 @@ def test_losses_stand_at_their_steps(axes):
 
 def test_a_loss_that_was_not_logged_has_no_curve(axes):
     script.plot_training_loss([{"step": 10, "loss": 2.5}], "plot.png")
-    assert curves(axes[0]) == {"training: 2.50 to 2.50": [[10, 2.5]]}
+    script.plot_training_loss([], "plot.png")
+    assert [curves(ax) for ax in axes] == [{"training: 2.50 to 2.50": [[10, 2.5]]}, {}]
 
 
 BEFORE = {"answer": 40.0, "answer_ci95": [35.0, 45.0]}

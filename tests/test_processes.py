@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from child import Child
-from conftest import ONE_STEP, SHORT_RUN, TESTS, flat, read, set_constants, without_times
+from conftest import ONE_STEP, ONE_STEP_DRAWN, SHORT_RUN, TESTS, flat, read, set_constants, without_times
 from transformers import TrainerState
 
 import finetune_medical_gpt2 as script
@@ -56,7 +56,7 @@ MOMENTS = ["before", "checkpoint-2", "training", "after", "results.json"]
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, few_rows):
-    changes = {**ONE_STEP, "MAX_STEPS": 3, "EVAL_STEPS": 2, "LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
+    changes = {**ONE_STEP_DRAWN, "MAX_STEPS": 3, "EVAL_STEPS": 2, "LOGGING_STEPS": 1, "DATASET_NAME": str(few_rows)}
     constants = {**SHORT_RUN, **changes, "OUTPUT_DIR": str(tmp_path / "undisturbed")}
     child = Child(tmp_path, run_main, constants)
     assert child.exit_code() == 0, child.error()
@@ -73,7 +73,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_end(tmp_path, few_rows):
     shown += child.stdout.read()
     assert child.exit_code() == 0, child.error()
     assert without_times(read(run)) == without_times(read(undisturbed))
-    for name in ("report.md", "adapter/README.md"):
+    for name in ("report.md", "training_loss.png", "perplexity_comparison.png", "adapter/README.md"):
         assert (run / name).exists()
     # checkpoint-1 was whole before the kill in checkpoint-2, so only step 2 is taken twice
     assert [shown.count(f"step    {step}/3  loss") for step in (1, 2, 3)] == [1, 2, 1]
