@@ -1,24 +1,24 @@
 """What the test files share: constants, helper functions to import, and the fixtures.
 
-`tiny` and `rows` are the model and the data of the demo, `short_run` is the folder of one finished run on
-them. All three are made once and read by many tests, so a test that changes something works on a copy.
+`tiny` is the demo's model, `rows` are some of its data, `short_run` is the folder of one finished run on them with a
+smaller model. All three are made once and read by many tests, so a test that changes something works on a copy.
 """
 
+import gc
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from multiprocessing import forkserver
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 os.environ["PYTHONPATH"] = str(TESTS.parent)  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network and must not try
-# One thread in every process that a test starts, and none that spins while it waits: several that do so on the same two
-# cores take many times as long. The tests' own process has two, as it waits while others work.
+# One thread in every process, and none that spins while it waits: several that do so on the same two cores take many
+# times as long.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest  # noqa: E402
@@ -26,7 +26,8 @@ import torch  # noqa: E402
 
 import finetune_medical_gpt2 as script  # noqa: E402
 
-torch.set_num_threads(2)
+# A run collects garbage twice. It need not look through all that the imports have made, which takes half a second.
+gc.freeze()
 TINY = TESTS / "tiny_gpt2"
 
 
@@ -52,9 +53,10 @@ def first_lines(name, count):
     return path
 
 
+script.transformers.utils.logging.disable_progress_bar()
 MICRO = make_micro()
 SHORT_RUN = {
-    "MODEL_NAME": str(TINY),
+    "MODEL_NAME": str(MICRO),
     "MODEL_REVISION": None,
     "DATASET_NAME": str(first_lines("medical_terms.jsonl", 160)),
     "MAX_STEPS": 24,
@@ -71,14 +73,14 @@ SHORT_RUN = {
 }
 # On top of SHORT_RUN, where it is enough that a run goes through; ONE_STEP draws no plots.
 ONE_STEP_DRAWN = {
-    "MODEL_NAME": str(MICRO),
     "MAX_STEPS": 1,
     "MAX_LENGTH": 64,
     "QUESTIONS": {"Gout": "What is gout?"},
     "MAX_NEW_TOKENS": 2,
     "SAMPLE_ROWS": 1,
 }
-ONE_STEP = {**ONE_STEP_DRAWN, "plot_training_loss": no_plot, "plot_perplexity": no_plot}
+NOT_DRAWN = {"plot_training_loss": no_plot, "plot_perplexity": no_plot}
+ONE_STEP = {**ONE_STEP_DRAWN, **NOT_DRAWN}
 
 
 def set_constants(patch, output_dir, **changes):
@@ -138,12 +140,6 @@ def plain_nll(model, ids):
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
-
-
-def pytest_collection_finish(session):
-    """Start the server that test_processes.py forks from (see child.py): it imports beside the first tests."""
-    if any(item.path.name == "test_processes.py" for item in session.items):
-        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -4,32 +4,42 @@ import json
 import shutil
 
 import pytest
-from conftest import ONE_STEP, SHORT_RUN, TINY, first_lines, read, set_constants, without_times
+from conftest import NOT_DRAWN, ONE_STEP, SHORT_RUN, TINY, first_lines, read, set_constants, without_times
 
 import finetune_medical_gpt2 as script
 
 STAGES = ["before", "training", "after", "answers"]
 FEW_ROWS = first_lines("medical_terms.jsonl", 16)
 FEW_STEPS = {**ONE_STEP, "DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192}
+LEARNED = {**NOT_DRAWN, "LORA_TARGET_MODULES": "all-linear", "MAX_STEPS": 12, "EVAL_STEPS": 100, "LOGGING_STEPS": 12}
+LEARNED["QUESTIONS"] = {"Gout": "What is gout?", "Asthma": "What triggers asthma?"}
 FIVE_STEPS = {**FEW_STEPS, "MAX_STEPS": 5, "EVAL_STEPS": 2, "LOGGING_STEPS": 1}
 
 
-def test_it_learns_and_the_answers_not_only_the_prompt(short_run):
-    perplexity = read(short_run)["perplexity"]
+@pytest.fixture(scope="module")
+def learned_run(tmp_path_factory):
+    """A finished run of a model that can learn."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_constants(patch, tmp_path_factory.mktemp("learned"), MODEL_NAME=str(TINY), **LEARNED)
+        return script.main()
+
+
+def test_it_learns_and_the_answers_not_only_the_prompt(learned_run):
+    perplexity = read(learned_run)["perplexity"]
     before, after = perplexity["before"], perplexity["after"]
     assert after["answer"] < 0.85 * before["answer"]
     assert after["full_text"] < 0.6 * before["full_text"]
     assert perplexity["trained"]["after"] < 0.9 * perplexity["trained"]["before"]
 
 
-def test_before_is_a_fresh_load_of_the_base_model(short_run, tiny, rows):
-    results, tokenizer = read(short_run), tiny[1]
+def test_before_is_a_fresh_load_of_the_base_model(learned_run, tiny, rows):
+    results, tokenizer = read(learned_run), tiny[1]
     model = script.load_model(TINY, precision=results["hardware"]["precision"])
     size = {"max_length": SHORT_RUN["MAX_LENGTH"], "batch_size": SHORT_RUN["BATCH_SIZE"]}
     fresh = script.evaluate_perplexity(model, tokenizer, rows[1], **size)
     assert results["perplexity"]["before"] == fresh
     asked = {"max_new_tokens": SHORT_RUN["MAX_NEW_TOKENS"], "temperature": 0.7, "seed": 42}
-    answers = script.generate_answers(model, tokenizer, list(script.QUESTIONS.values()), **asked)
+    answers = script.generate_answers(model, tokenizer, LEARNED["QUESTIONS"].values(), **asked)
     assert [answer["before"] for answer in results["answers"]] == answers
     assert answers != [answer["after"] for answer in results["answers"]]
 
