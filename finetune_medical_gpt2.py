@@ -10,8 +10,8 @@ OUTPUT_DIR/<run>/: report.md, results.json, two plots and adapter/. Killed, it r
 Hugging Face Hub can't be reached and the model or the data set isn't cached, it runs the demo instead, and says so.
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 144
-tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.53 in four
-and a half minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference"
+tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.41 in four
+minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference"
 below. None of what the models write is medical advice.
 """
 
@@ -48,9 +48,8 @@ if __name__ == "__main__":
     # OpenMP reads these when torch is imported: idle threads spin briefly, then sleep, and slow nobody down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-# Plots go to files. A notebook's backend, inherited by its subprocesses, may not be installed here.
-os.environ.pop("MPLBACKEND", None)
+    # Plots go to files. The backend of a notebook that starts this as a subprocess may not be installed here.
+    os.environ.pop("MPLBACKEND", None)
 
 import datasets
 import filelock
@@ -96,7 +95,7 @@ LORA_TARGET_MODULES = None  # None: PEFT's choice (GPT-2: c_attn); or a list, or
 NUM_EPOCHS = 1  # times that every training row is seen
 MAX_STEPS = -1  # optimizer steps; -1: NUM_EPOCHS decides
 LEARNING_RATE = 1e-4  # the reference's; README says what higher ones do
-BATCH_SIZE = 4  # rows per process and forward pass; a large model on a CPU takes one at a time, and as many a step
+BATCH_SIZE = 4  # rows per process and forward pass; on a CPU a large model takes one at a time, with as many a step
 GRADIENT_ACCUMULATION_STEPS = 4  # rows of an optimizer step: BATCH_SIZE x this x processes
 WARMUP_RATIO = 0.03  # share of the steps in which the learning rate rises; then it falls to 0
 MAX_GRAD_NORM = 0.3  # gradients with a larger norm are clipped to it; 0: no clipping
@@ -131,12 +130,14 @@ DEMO_SETTINGS = {
     "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl",
     "DATASET_REVISION": None,
+    "MAX_LENGTH": 512,
+    "MAX_NEW_TOKENS": 250,
     "LORA_TARGET_MODULES": "all-linear",
     "LORA_DROPOUT": 0.0,  # drawing its random numbers would take half of the time
-    "NUM_EPOCHS": 1.5,
-    "LEARNING_RATE": 2e-3,  # twice what README advises, as there are only 65 steps
-    "GRADIENT_ACCUMULATION_STEPS": 2,
-    "EVAL_STEPS": 33,
+    "LEARNING_RATE": 3e-3,  # three times what README advises, as there are only 57 steps
+    "BATCH_SIZE": 6,
+    "GRADIENT_ACCUMULATION_STEPS": 1,
+    "EVAL_STEPS": 19,
     "TRAIN_ON_PROMPT": False,
 }
 HERE = Path(__file__).resolve().parent  # where tests/ is, whatever the current folder
@@ -164,7 +165,7 @@ class InputError(ValueError):
 
 
 def on_first(function):
-    """Run `function` on the main process only; return its result, or raise its error, on all of them."""
+    """Run `function` on the main process only; return its result, or raise its error, on all processes."""
     result = error = None
     if PartialState().is_main_process:
         try:
@@ -240,7 +241,7 @@ class Progress:
         except filelock.Timeout as error:
             raise InputError(f"another process is using {run}: wait for it to finish") from error
         stages = load_json(self.path) or {}
-        # without a saved adapter all that follows the baseline must be done again
+        # without a saved adapter, everything after the baseline is done again
         if not (run / "adapter/adapter_model.safetensors").exists():
             stages = {"before": stages.get("before", {})}
         if load_json(run / "results.json") and "training" not in stages:
@@ -472,7 +473,7 @@ def leading_ids(tokenizer):
 def encode(tokenizer, texts, max_length=None, end=False):
     """Texts as Rows of at most `max_length` tokens; with `end`, EOS follows a text that isn't cut.
 
-    A tokenizer's leading tokens come first, once. It adds nothing else, and neither cuts nor pads.
+    A tokenizer's leading tokens come first, once. The tokenizer itself adds nothing else, and neither cuts nor pads.
     """
     if not texts:
         return []
@@ -629,7 +630,7 @@ def score_facts(model, tokenizer, facts):
 def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     """All that is measured before and after alike -> a dict that JSON can hold, for `compare`.
 
-    `encoded`, the training rows: if given, one of them is shown before the held-out rows, which are scored once more.
+    `encoded`, the training rows: if given, the held-out rows are scored once more, with one of them shown first.
     """
     score = functools.partial(score_rows, model, tokenizer, max_length=cfg.MAX_LENGTH, batch_size=cfg.BATCH_SIZE)
     scores = score(held_out)
@@ -648,7 +649,7 @@ def measure(model, tokenizer, cfg, train, held_out, encoded=()):
     room = context_length(model) - cfg.MAX_LENGTH
     shown = next((row for row in encoded if len(row.ids) <= room), None)
     if shown:
-        # an estimate: the mean change in loss on SAMPLE_ROWS rows is added to the mean loss of all
+        # an estimate: the mean loss of all rows is taken to change as much as that of the first SAMPLE_ROWS
         alone = scores.head(SAMPLE_ROWS).sum()
         change = score(held_out[:SAMPLE_ROWS], shown=shown).answer_nll.sum() - alone.answer_nll
         measured["shown_one_row"] = perplexity["answer"] * math.exp(change / alone.answer_tokens)
@@ -870,13 +871,13 @@ class StepLines(transformers.TrainerCallback):
             )
 
     def on_save(self, args, state, control, **kwargs):
-        # By step number, where the Trainer's own rotation goes by file time. Two stay, in case the newest is damaged.
+        # By step number; the Trainer's own rotation goes by file time. Two are kept, in case the newest is damaged.
         old = state.global_step - 2 * args.save_steps
         shutil.rmtree(f"{args.output_dir}/checkpoint-{old}", ignore_errors=True)
 
 
 class LoRATrainer(SFTTrainer):
-    """SFTTrainer that logs validate(), a dict of losses, and on a CPU takes the plain loss of the logits."""
+    """SFTTrainer that logs validate(), which fine_tune sets, and on a CPU takes the plain loss of the logits."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not self.args.use_cpu:
@@ -885,7 +886,7 @@ class LoRATrainer(SFTTrainer):
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
         loss = ForCausalLMLoss(logits, labels, logits.shape[-1], num_items_in_batch)
-        return loss * self.accelerator.num_processes  # whose mean DDP takes
+        return loss * self.accelerator.num_processes  # as DDP takes the mean
 
     def evaluate(self, *args, **kwargs):
         self.log(self.validate())
@@ -1141,19 +1142,20 @@ figures are optimistic.
 
 {% set epochs = training.log_history[-1].epoch %}
 {% set share = perplexity.prompt_share or 0 %}
-At a perplexity of 17 a model is as unsure of the next token as among 17 equally likely ones. **Answers** are what
+At a perplexity of 20 a model is as unsure of the next token as among 20 equally likely ones. **Answers** are what
 follows the question; in brackets, 95% intervals over the rows. **Shown one training row first**: the base model, given
 an example in the prompt (estimated on 100 rows at most). **Training articles**, the first 100 of them: if only these
 improve, the model learns by heart{{ " (it has seen %.0f%% of all)" % (100 * epochs) if epochs < 1 }}. If **everyday
 text**, on other topics, gets worse, it forgets. **Medical facts**: the right ending must be likelier than three wrong
 ones. **Whole rows** count the prompts too, which nearly all rows share
-{{- ": %.1f%% of the fall in loss is on prompts" % (100 * share) if share > 0 }}. The **reference protocol** averages
-the losses of the first 100 whole rows at most.
+{{- ": %.1f%% of the fall in loss is on prompts" % (100 * share) if 0 < share <= 1 }}. The **reference protocol**
+averages the losses of the first 100 whole rows at most.
 
 ## The answers
 
 At most {{ settings.MAX_NEW_TOKENS }} tokens, temperature {{ settings.TEMPERATURE }}, seed {{ settings.SEED }}. In \
-brackets: whether a row with a question on the topic was trained on, held out, or is not in the data.
+brackets: whether a question on the topic is in a row that is trained on{{ " (or would be later)" if epochs < 1 }}, in a
+row held out, or not in the data.
 
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>
@@ -1489,7 +1491,8 @@ def main(demo=False):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", action="store_true", help="run on the tiny model and data in tests/")
-    sys.stdout.reconfigure(errors="replace")  # letters that a terminal lacks
+    with contextlib.suppress(AttributeError):  # a notebook's %run has another kind of stdout
+        sys.stdout.reconfigure(errors="replace")  # letters that a terminal lacks
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM is how Slurm and spot machines end a job
         signal.signal(number, signal.default_int_handler)
     main(parser.parse_args().demo)

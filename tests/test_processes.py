@@ -1,5 +1,7 @@
 """Processes as users start and end them: killed, interrupted, with a wrong word, or several at once."""
 
+import contextlib
+import io
 import os
 import runpy
 import signal
@@ -28,6 +30,12 @@ def run_file(folder, *arguments):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background job has it
     sys.argv = [str(SCRIPT), *arguments]
     runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def run_in_a_notebook(folder, word):
+    """The same by a notebook's %run, whose standard output can't be reconfigured."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        run_file(folder, word)
 
 
 def run_main_killed(constants, moment):
@@ -118,6 +126,11 @@ def test_the_command_line_knows_the_demo_alone(tmp_path, word, code):
     assert "--demo" in shown + child.error()
     assert (word in child.error()) == (code == 2)
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_notebook_can_run_the_file(tmp_path):
+    child = Child(tmp_path, run_in_a_notebook, tmp_path, "--help")
+    assert child.exit_code() == 0, child.error()
 
 
 def fail(*args):
