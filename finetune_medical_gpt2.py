@@ -11,8 +11,8 @@ Hugging Face Hub can't be reached and the model or the data set isn't cached, it
 
 Measured on 2 cores of an AMD EPYC without bf16 instructions, torch 2.13: GPT-2 124M (random weights) trains at 144
 tokens/s in 2.2 GiB (tests/benchmark.py); the demo takes a tiny model's answer perplexity from 46.26 to 19.41 in four
-minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference"
-below. None of what the models write is medical advice.
+minutes. The script redoes github.com/rafael-caetano/GPT2_Medical_Language_Fine_Tuning, "the reference" below. None of
+what the models write is medical advice.
 """
 
 import argparse
@@ -48,7 +48,8 @@ if __name__ == "__main__":
     # OpenMP reads these when torch is imported: idle threads spin briefly, then sleep, and slow nobody down.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    # Plots go to files. The backend of a notebook that starts this as a subprocess may not be installed here.
+
+if "IPython" not in sys.modules:  # the backend of a notebook that started this process may not be installed here
     os.environ.pop("MPLBACKEND", None)
 
 import datasets

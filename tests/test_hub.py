@@ -142,7 +142,7 @@ def visits(tmp_path_factory):
     program = PRELUDE + f"vars(script).update({settings!r})\n" + VISITS
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {"HF_HOME": str(folder / "cache"), "no_proxy": "127.0.0.1"}
-    environment |= {"MPLBACKEND": "module://not_installed"}  # as a notebook may hand it down
+    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # as a notebook may hand it down
     with loopback_hub.running() as port:
         environment["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)

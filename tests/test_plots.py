@@ -1,5 +1,9 @@
 """Results: the plots show the figures that they are given, each where it belongs."""
 
+import os
+import runpy
+import sys
+
 import pytest
 
 import finetune_medical_gpt2 as script
@@ -11,6 +15,16 @@ def axes(monkeypatch):
     drawn = []
     monkeypatch.setattr(script.Figure, "savefig", lambda figure, *args, **kwargs: drawn.extend(figure.axes))
     return drawn
+
+
+@pytest.mark.parametrize("in_notebook", [True, False])
+def test_only_a_notebook_keeps_its_backend(monkeypatch, in_notebook):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    if in_notebook:
+        monkeypatch.setitem(sys.modules, "IPython", script)  # any module
+    runpy.run_path(script.__file__)
+    assert ("MPLBACKEND" in os.environ) == in_notebook
 
 
 HISTORY = [
