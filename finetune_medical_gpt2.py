@@ -121,12 +121,10 @@ TEMPERATURE = 0.7  # below 1, likely tokens become likelier; 0: always the likel
 OUTPUT_DIR = "outputs"  # each run gets a folder of its own in it
 REPORT_TO = "none"  # or an installed tracker, such as "tensorboard", "trackio", "wandb"
 
-# All the constants above. If you add a number, give it a rule in RULES; if you add one that doesn't change the
-# training, list it in NOT_TRAINED.
+# All constants above. A new number needs a rule in RULES; one that doesn't change the training goes to NOT_TRAINED.
 SETTINGS = [name for name in list(globals()) if name.isupper()]
 
-# What the demo overrides.
-DEMO_SETTINGS = {
+DEMO_SETTINGS = {  # what the demo overrides
     "MODEL_NAME": "tests/tiny_gpt2",
     "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl",
@@ -135,6 +133,8 @@ DEMO_SETTINGS = {
     "MAX_NEW_TOKENS": 250,
     "LORA_TARGET_MODULES": "all-linear",
     "LORA_DROPOUT": 0.0,  # drawing its random numbers would take half of the time
+    "NUM_EPOCHS": 1,
+    "MAX_STEPS": -1,
     "LEARNING_RATE": 3e-3,  # three times what README advises, as there are only 57 steps
     "BATCH_SIZE": 6,
     "GRADIENT_ACCUMULATION_STEPS": 1,

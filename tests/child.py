@@ -1,7 +1,6 @@
-"""Processes for test_processes.py that are ready at once.
+"""Processes for test_processes.py that need not import torch and TRL, which takes most of a short process.
 
-Importing torch and TRL takes most of a short process. So these are forked from a server that has imported the script;
-all else about them is real.
+They are forked from a server that has imported the script; all else about them is real.
 """
 
 import multiprocessing

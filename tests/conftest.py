@@ -17,8 +17,8 @@ TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent))
 os.environ["PYTHONPATH"] = str(TESTS.parent)  # for the processes that tests start
 os.environ["HF_HUB_OFFLINE"] = "1"  # the tests need no network and must not try
-# One thread in every process, and none that spins while it waits: several that do so on the same two cores take many
-# times as long.
+# One thread in every process (but torchrun's, which the script sets), and none that spins while it waits: several that
+# do so on the same two cores take many times as long.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest  # noqa: E402
@@ -55,6 +55,7 @@ def first_lines(name, count):
 
 script.transformers.utils.logging.disable_progress_bar()
 MICRO = make_micro()
+script.transformers.utils.logging.enable_progress_bar()  # the script itself must hide it
 SHORT_RUN = {
     "MODEL_NAME": str(MICRO),
     "MODEL_REVISION": None,

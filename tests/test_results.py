@@ -2,12 +2,9 @@
 
 import json
 import math
-import re
-import subprocess
-import sys
 
 import pytest
-from conftest import MICRO, ONE_STEP, TINY, flat, read, set_constants
+from conftest import MICRO, ONE_STEP, TINY, read, set_constants
 
 import finetune_medical_gpt2 as script
 
@@ -74,31 +71,6 @@ def test_the_interval_holds_the_answer_perplexity(short_run):
     after = read(short_run)["perplexity"]["after"]
     low, high = after["answer_ci95"]
     assert low < after["answer"] < high
-
-
-SCORE_AS_THE_SCRIPT = """
-import json
-import finetune_medical_gpt2 as script
-for module in model.modules():
-    if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
-        module.act = script.torch.nn.GELU(approximate="tanh")
-settings = json.loads(open("../results.json", encoding="utf-8").read())["settings"]
-split = {"test_size": settings["TEST_SIZE"], "seed": settings["SEED"]}
-texts = script.load_splits(settings["DATASET_NAME"], **split)[1]["text"]
-print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"])))
-"""
-
-
-def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores_what_the_results_say(short_run):
-    card = (short_run / "adapter" / "README.md").read_text()
-    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
-    command = [sys.executable, "-c", snippet + SCORE_AS_THE_SCRIPT]
-    done = subprocess.run(command, cwd=short_run / "adapter", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer, scores = done.stdout.rsplit("\n", 2)[:2]
-    assert answer.strip()
-    tolerance = 0.01 if read(short_run)["hardware"]["precision"] == "bf16" else 1e-3  # the snippet runs in fp32
-    assert flat(json.loads(scores)) == pytest.approx(flat(read(short_run)["perplexity"]["after"]), rel=tolerance)
 
 
 def test_a_saved_tokenizer_neither_cuts_nor_pads(short_run):

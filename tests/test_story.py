@@ -1,10 +1,13 @@
 """The story as main() tells it: it learns, its baseline is honest, and what is done is not done again."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import NOT_DRAWN, ONE_STEP, SHORT_RUN, TINY, first_lines, read, set_constants, without_times
+from conftest import NOT_DRAWN, ONE_STEP, SHORT_RUN, TINY, first_lines, flat, read, set_constants, without_times
 
 import finetune_medical_gpt2 as script
 
@@ -34,7 +37,7 @@ def test_it_learns_and_the_answers_not_only_the_prompt(learned_run):
 
 def test_before_is_a_fresh_load_of_the_base_model(learned_run, tiny, rows):
     results, tokenizer = read(learned_run), tiny[1]
-    model = script.load_model(TINY, precision=results["hardware"]["precision"])
+    model = script.load_model(TINY, results["hardware"]["device"], results["hardware"]["precision"])
     size = {"max_length": SHORT_RUN["MAX_LENGTH"], "batch_size": SHORT_RUN["BATCH_SIZE"]}
     fresh = script.evaluate_perplexity(model, tokenizer, rows[1], **size)
     assert results["perplexity"]["before"] == fresh
@@ -42,6 +45,31 @@ def test_before_is_a_fresh_load_of_the_base_model(learned_run, tiny, rows):
     answers = script.generate_answers(model, tokenizer, LEARNED["QUESTIONS"].values(), **asked)
     assert [answer["before"] for answer in results["answers"]] == answers
     assert answers != [answer["after"] for answer in results["answers"]]
+
+
+SCORE_AS_THE_SCRIPT = """
+import json
+import finetune_medical_gpt2 as script
+for module in model.modules():
+    if hasattr(module, "act"):  # as the script loads it: the same function, rounded once
+        module.act = script.torch.nn.GELU(approximate="tanh")
+settings = json.loads(open("../results.json", encoding="utf-8").read())["settings"]
+split = {"test_size": settings["TEST_SIZE"], "seed": settings["SEED"]}
+texts = script.load_splits(settings["DATASET_NAME"], **split)[1]["text"]
+print(json.dumps(script.evaluate_perplexity(model, tokenizer, texts, max_length=settings["MAX_LENGTH"])))
+"""
+
+
+def test_in_a_new_process_the_cards_snippet_runs_as_printed_and_its_model_scores_what_the_results_say(learned_run):
+    card = (learned_run / "adapter" / "README.md").read_text()
+    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    command = [sys.executable, "-c", snippet + SCORE_AS_THE_SCRIPT]
+    done = subprocess.run(command, cwd=learned_run / "adapter", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, scores = done.stdout.rsplit("\n", 2)[:2]
+    assert answer.strip()
+    tolerance = 0.01 if read(learned_run)["hardware"]["precision"] == "bf16" else 1e-3  # the snippet runs in fp32
+    assert flat(json.loads(scores)) == pytest.approx(flat(read(learned_run)["perplexity"]["after"]), rel=tolerance)
 
 
 @pytest.mark.parametrize("on_purpose", [True, False])
@@ -52,8 +80,9 @@ def test_the_demo_runs_on_purpose_or_where_the_hub_is_out_of_reach(tmp_path, mon
 
     changes = {"MODEL_NAME": "no/model", "DATASET_NAME": "no/data", "DATASET_REVISION": "0" * 40}
     changes |= {"MAX_LENGTH": 100_000, "MAX_NEW_TOKENS": 100_000}  # more than the demo's model takes
+    changes |= {"MAX_STEPS": 100}
     set_constants(monkeypatch, tmp_path / "out", **{**FEW_STEPS, **changes})
-    short = {"DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192, "MAX_NEW_TOKENS": 2}
+    short = {"DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192, "MAX_NEW_TOKENS": 2, "MAX_STEPS": 1}
     for name, value in short.items():
         monkeypatch.setitem(script.DEMO_SETTINGS, name, value)
     monkeypatch.setattr(script, "fetch", fetch)
