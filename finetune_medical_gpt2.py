@@ -124,13 +124,12 @@ REPORT_TO = "none"  # or an installed tracker, such as "tensorboard", "trackio",
 # All constants above. A new number needs a rule in RULES; one that doesn't change the training goes to NOT_TRAINED.
 SETTINGS = [name for name in list(globals()) if name.isupper()]
 
-DEMO_SETTINGS = {  # what the demo overrides
+DEMO_SETTINGS = {  # what --demo, and the fallback if the Hub is unreachable, override
     "MODEL_NAME": "tests/tiny_gpt2",
     "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl",
     "DATASET_REVISION": None,
-    "MAX_LENGTH": 512,
-    "MAX_NEW_TOKENS": 250,
+    "MAX_LENGTH": 512,  # as the tiny model takes 1,024 tokens, whatever is set above
     "LORA_TARGET_MODULES": "all-linear",
     "LORA_DROPOUT": 0.0,  # drawing its random numbers would take half of the time
     "NUM_EPOCHS": 1,
@@ -140,6 +139,7 @@ DEMO_SETTINGS = {  # what the demo overrides
     "GRADIENT_ACCUMULATION_STEPS": 1,
     "EVAL_STEPS": 19,
     "TRAIN_ON_PROMPT": False,
+    "MAX_NEW_TOKENS": 250,
 }
 HERE = Path(__file__).resolve().parent  # where tests/ is, whatever the current folder
 
