@@ -1155,8 +1155,8 @@ averages the losses of the first 100 whole rows at most.
 ## The answers
 
 At most {{ settings.MAX_NEW_TOKENS }} tokens, temperature {{ settings.TEMPERATURE }}, seed {{ settings.SEED }}. In \
-brackets: whether a question on the topic is in a row that is trained on{{ " (or would be later)" if epochs < 1 }}, in a
-row held out, or not in the data.
+brackets: whether a row with a question on the topic is trained on{{ " (or would be later)" if epochs < 1 }}, held out,
+or not in the data.
 
 <table>
 <tr><th width="50%">before</th><th width="50%">after</th></tr>
