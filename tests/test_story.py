@@ -79,11 +79,12 @@ def test_the_demo_runs_on_purpose_or_where_the_hub_is_out_of_reach(tmp_path, mon
         raise ConnectionError("no cable")
 
     changes = {"MODEL_NAME": "no/model", "DATASET_NAME": "no/data", "DATASET_REVISION": "0" * 40}
-    changes |= {"MAX_LENGTH": 100_000, "MAX_NEW_TOKENS": 100_000}  # more than the demo's model takes
-    changes |= {"MAX_STEPS": 100}
+    # more than the demo's model takes, and a run of another length
+    changes |= {"MAX_LENGTH": 100_000, "MAX_NEW_TOKENS": 100_000, "NUM_EPOCHS": 9, "MAX_STEPS": 100}
     set_constants(monkeypatch, tmp_path / "out", **{**FEW_STEPS, **changes})
-    short = {"DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192, "MAX_NEW_TOKENS": 2, "MAX_STEPS": 1}
+    short = {"DATASET_NAME": str(FEW_ROWS), "MAX_LENGTH": 192, "MAX_NEW_TOKENS": 2, "NUM_EPOCHS": 1, "MAX_STEPS": 1}
     for name, value in short.items():
+        assert name in script.DEMO_SETTINGS  # whatever the constants say
         monkeypatch.setitem(script.DEMO_SETTINGS, name, value)
     monkeypatch.setattr(script, "fetch", fetch)
     monkeypatch.chdir(tmp_path)  # tests/ is not there
