@@ -49,7 +49,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-if "IPython" not in sys.modules:  # the backend of a notebook that started this process may not be installed here
+if "IPython" not in sys.modules:  # no notebook, but one may have started this, with a backend that is missing here
     os.environ.pop("MPLBACKEND", None)
 
 import datasets
@@ -121,7 +121,7 @@ TEMPERATURE = 0.7  # below 1, likely tokens become likelier; 0: always the likel
 OUTPUT_DIR = "outputs"  # each run gets a folder of its own in it
 REPORT_TO = "none"  # or an installed tracker, such as "tensorboard", "trackio", "wandb"
 
-# All constants above. A new number needs a rule in RULES; one that doesn't change the training goes to NOT_TRAINED.
+# All constants above. A new number needs a rule in RULES; what doesn't change the training goes into NOT_TRAINED.
 SETTINGS = [name for name in list(globals()) if name.isupper()]
 
 DEMO_SETTINGS = {  # what --demo, and the fallback if the Hub is unreachable, override
@@ -129,7 +129,7 @@ DEMO_SETTINGS = {  # what --demo, and the fallback if the Hub is unreachable, ov
     "MODEL_REVISION": None,
     "DATASET_NAME": "tests/medical_terms.jsonl",
     "DATASET_REVISION": None,
-    "MAX_LENGTH": 512,  # as the tiny model takes 1,024 tokens, whatever is set above
+    "MAX_LENGTH": 512,  # the tiny model takes 1,024 tokens at most
     "LORA_TARGET_MODULES": "all-linear",
     "LORA_DROPOUT": 0.0,  # drawing its random numbers would take half of the time
     "NUM_EPOCHS": 1,
